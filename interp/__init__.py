@@ -1,0 +1,1 @@
+"""See and steer what a language model represents."""

@@ -1,0 +1,1 @@
+"""Activations as data, and the floor that concepts and space share."""

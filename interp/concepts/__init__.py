@@ -1,0 +1,1 @@
+"""Linear concept directions: find, read, steer, measure."""

@@ -1,0 +1,1 @@
+"""The bundled model, the generator of labelled text, word and relation lists."""

@@ -1,0 +1,1 @@
+"""A language model as named places in a residual stream."""
