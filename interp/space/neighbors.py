@@ -146,8 +146,10 @@ class Neighbours:
 
     def named(self, items: Sequence[str]) -> list[list[tuple[str, float]]]:
         """Return, a query, the (item, value) pairs."""
-        rows = zip(self.indices.tolist(), self.values.tolist(), strict=True)
-        return [[(items[i], v) for i, v in zip(index, value, strict=True)] for index, value in rows]
+        rows: list[list[int]] = self.indices.tolist()
+        return [
+            [(items[i], v) for i, v in zip(row, self.values[q].tolist(), strict=True)] for q, row in enumerate(rows)
+        ]
 
 
 def nearest(
