@@ -36,19 +36,14 @@ class Clock:
         return replace(self, **moved)
 
 
-def cache_length(cache: Any, mask: Any, q: int) -> int:
-    """Return how many columns a cache holds (0 without one).
-
-    A state-space cache does not count: there the 2-D mask over past and present columns tells.
-    """
+def cache_length(cache: Any) -> int | None:
+    """Return how many columns a cache holds: 0 without one, None for one that does not count (state-space models)."""
     if cache is None:
         return 0
     try:
         return int(cache.get_seq_length())
-    except (AttributeError, ValueError) as error:
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            return mask.shape[1] - q
-        raise TypeError(f"cannot read the length of a {type(cache).__name__}; pass a 2-D attention_mask") from error
+    except (AttributeError, ValueError):
+        return None
 
 
 def _square_mask(mask: Tensor, past: int, q: int) -> Tensor:
@@ -99,6 +94,7 @@ class Watch:
         self.clock: Clock | None = None
         self._depth = 0
         self._prompt: tuple[int, Tensor | None] | None = None
+        self._fed = 0  # columns of this generate so far: the clock of a cache that does not count
         self._handles: list[Any] = []
         self._shadow: Callable | None = None
         self._former: Callable | None = None
@@ -143,7 +139,13 @@ class Watch:
             raise TypeError("a forward pass inside reading or editing needs input_ids or inputs_embeds")
         rows, q = int(source.shape[0]), int(source.shape[1])
         mask = given.get("attention_mask")
-        past = cache_length(given.get("past_key_values", given.get("cache_params")), mask, q)
+        cache = given.get("past_key_values", given.get("cache_params"))
+        past = cache_length(cache)
+        if past is None:
+            if self._prompt is None:
+                raise TypeError(f"a {type(cache).__name__} without a length can be followed only inside generate")
+            past = self._fed
+        self._fed = past + q
         width, prompt = self._prompt or (None, None)
         real = full_mask(mask, prompt, rows, past, q, source.device)
         positions = torch.where(real, real.long().cumsum(1) - 1, -1)
@@ -158,7 +160,7 @@ class Watch:
         generate = self.hf.generate
 
         def shadow(*args: Any, **kwargs: Any) -> Any:
-            before, self._prompt = self._prompt, _prompt_of(args, kwargs)
+            before, self._prompt, self._fed = self._prompt, _prompt_of(args, kwargs), 0
             try:
                 return generate(*args, **kwargs)
             finally:
