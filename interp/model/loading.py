@@ -41,7 +41,7 @@ class Model:
         self.blocks_path = self._anatomy.blocks_path
         self.n_layers, self.d_model = len(self._anatomy.blocks), self._anatomy.d_model
         found = native_places(hf, self._anatomy) if bridge is None else bridge_places(bridge, self.n_layers)
-        self._places, self._aliases = found
+        self._places, self.aliases = found  # aliases: further spellings -> canonical name
         self._modules: dict[str, Place] = {}
         self._fingerprint: str | None = None
 
@@ -83,6 +83,13 @@ class Model:
         return frozenset(i for v in given for i in (v if isinstance(v, (list, tuple)) else [v]) if isinstance(i, int))
 
     @property
+    def bos_id(self) -> int | None:
+        """Id of BOS: the tokenizer's, or without one the configuration's; None where there is none."""
+        source = text_config(self.hf) if self.tokenizer is None else self.tokenizer
+        found = getattr(source, "bos_token_id", None)
+        return found if isinstance(found, int) else None
+
+    @property
     def fingerprint(self) -> str:
         """Return 16 hex digits that name the model's class, configuration and weights, equal on every load.
 
@@ -102,7 +109,7 @@ class Model:
 
     def place(self, name: str) -> Place:
         """Return the module and side of a hook point; raises HookPointError naming the closest."""
-        full = canonical_name(name, self.n_layers) or self._aliases.get(name, name)
+        full = canonical_name(name, self.n_layers) or self.aliases.get(name, name)
         place = self._places.get(full) or self._modules.get(name)
         return place if place is not None else self._module_place(name)
 
