@@ -224,6 +224,8 @@ def _check_blocks(hf: nn.Module, path: str, n: int, seen: Probe, hidden: Any) ->
         raise AnatomyError(f"{type(hf).__name__}: block {path}.{missing[0]} does not run; name the blocks with blocks=")
     if getattr(text_config(hf), "model_type", "") in STATE_SPACE:
         return
+    if hidden and len(hidden) == 2 * n + 1:  # transformers counts a bridge's block and the OPT block inside it
+        hidden = hidden[::2]
     if hidden is None or len(hidden) != n + 1:
         raise AnatomyError(f"{type(hf).__name__} returns no {n + 1} hidden_states to check {path} against")
     for i in range(n):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from interp.model.anatomy import kept_rng
 from sae.extras import MissingError
 
 TINY = Path(__file__).resolve().parent.parent / "data" / "tiny"
@@ -117,9 +118,10 @@ def make_bridge(hf: nn.Module, tokenizer: Any, label: str) -> Any:
         # TL reloads the tokenizer by its path with BOS switched on, so it needs one on disk
         (placeholder_tokenizer() if tokenizer is None else tokenizer).save_pretrained(folder)
         reloaded = AutoTokenizer.from_pretrained(folder)
-        return TransformerBridge.boot_transformers(
-            label, hf_model=hf, tokenizer=reloaded, dtype=weight.dtype, device=str(weight.device)
-        )
+        with kept_rng(weight.device):
+            return TransformerBridge.boot_transformers(
+                label, hf_model=hf, tokenizer=reloaded, dtype=weight.dtype, device=str(weight.device)
+            )
 
 
 def placeholder_tokenizer() -> Any:
