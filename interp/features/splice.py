@@ -99,13 +99,13 @@ def ce_recovered(
         raise SpliceError(f"there is no next token to predict in the {len(ids)} rows; give rows of two tokens or more")
     batches = [slice(start, start + batch_size) for start in range(0, len(ids), batch_size)]
     moments, total = Moments(), torch.zeros((), dtype=torch.float64)
-    for part in batches:
-        kept = (mask & ~special)[part]
+    part = slice(0)
 
-        def note(_: str, value: Tensor, kept: Tensor = kept) -> None:
-            moments.add(value[kept.to(value.device)])
+    def note(_: str, value: Tensor) -> None:
+        moments.add(value[(mask & ~special)[part].to(value.device)])
 
-        with reading(model, [name], note, stop=False):
+    with reading(model, [name], note, stop=False):
+        for part in batches:
             total += _loss(model, ids[part], mask[part], wanted[part])
     mean = moments.value().mean
     losses = [float(total) / n_tokens]
