@@ -29,8 +29,14 @@ def hooks_on(hf):
 
 @pytest.mark.parametrize(
     "spelling",
-    ["resid_post.1", "blocks.1.hook_resid_post", "blocks.1.hook_out", "blocks.1.resid_post", "resid_post.-2"]
-    + ["model.layers.1"],
+    [
+        "resid_post.1",
+        "blocks.1.hook_resid_post",
+        "blocks.1.hook_out",
+        "blocks.1.resid_post",
+        "resid_post.-2",
+        "model.layers.1",
+    ],
 )
 def test_every_spelling_is_the_same_hook_point(llama, spelling):
     assert llama.hook_point(spelling) == HookPoint("blocks.1.hook_resid_post", "resid_post", 1, 32)

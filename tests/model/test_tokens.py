@@ -1,0 +1,165 @@
+"""Token batches: BOS once, masks that tell the truth, packing that loses nothing, sources that say what is wrong."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from interp.model.tokens import encode, pack, pad_id, pad_rows, read_source, tokenize
+from sae.extras import MissingError
+
+SOME = ["w5 w6 w7", "", "w8"]
+
+
+def test_bos_goes_in_front_once(words):
+    assert encode(words, "w5 w6") == encode(words, "<s> w5 w6") == [1, 5, 6]
+    assert encode(words, "w5 w6", add_bos=False) == [5, 6]
+    assert encode(words, "") == [1]
+    words.bos_token = None
+    assert encode(words, "w5 w6") == [5, 6] and encode(words, "") == []
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_masks_mark_real_tokens_and_specials_by_id(words, side):
+    batch = tokenize(words, SOME, side=side)
+    real = [[1, 5, 6, 7], [1], [1, 8]]
+    for i, row in enumerate(real):
+        assert batch.ids[i][batch.mask[i]].tolist() == row
+        assert batch.special[i][batch.mask[i]].tolist() == [token < 4 for token in row]
+        edge = batch.mask[i, -1] if side == "left" else batch.mask[i, 0]
+        assert bool(edge)
+    assert not bool((batch.special & ~batch.mask).any())
+
+
+def test_a_pad_token_that_is_eos_does_not_hide_a_real_eos(words):
+    words.pad_token = words.eos_token
+    batch = tokenize(words, ["w5 </s>", "w6"])
+    assert batch.mask.tolist() == [[True] * 3, [True, True, False]]
+    assert batch.special[0].tolist() == [True, False, True] and not bool(batch.special[1, 2])
+
+
+def test_pads_are_filled_with_pad_or_eos_or_zero(words):
+    assert pad_id(words) == 0
+    words.pad_token = None
+    assert pad_id(words) == 2
+    words.eos_token = None
+    assert pad_id(words) == 0 and pad_id(None) == 0
+
+
+def test_rows_are_cut_only_when_asked(words):
+    assert tokenize(words, "w5 w6 w7").ids.shape == (1, 4)
+    assert tokenize(words, "w5 w6 w7", max_len=2).ids.tolist() == [[1, 5]]
+    with pytest.raises(ValueError, match="at least 1"):
+        tokenize(words, "w5", max_len=0)
+
+
+def test_no_texts_make_an_empty_batch(words):
+    assert tokenize(words, []).ids.shape == (0, 0)
+    assert pad_rows([[], []]).mask.shape == (2, 0)
+    with pytest.raises(ValueError, match="'left' or 'right'"):
+        pad_rows([[1]], side="middle")
+
+
+def test_text_without_a_tokenizer_says_what_to_pass():
+    with pytest.raises(MissingError, match="tokenizer="):
+        tokenize(None, "w5")
+
+
+class Letters:
+    """A tokenizer of letters, cheap enough for many random texts."""
+
+    bos_token_id, eos_token_id, pad_token_id = 1, 2, None
+    all_special_ids = (1, 2)
+
+    def __call__(self, text, **options):
+        return {"input_ids": [ord(c) for c in text]}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.text("abcdefgh", max_size=12), max_size=9),
+    st.integers(2, 9),
+    st.integers(1, 4),
+    st.booleans(),
+    st.booleans(),
+)
+def test_packing_loses_nothing_and_keeps_the_order(texts, ctx, batch_size, add_bos, separate):
+    batches = list(pack(Letters(), texts, ctx, batch_size=batch_size, add_bos=add_bos, separate=separate))
+    got = {name: [] for name in ("ids", "documents")}
+    for batch in batches:
+        assert batch.ids.shape[1] == ctx and batch.ids.shape[0] <= batch_size
+        if add_bos:
+            assert (batch.ids[:, 0] == 1).all() and (batch.documents[:, 0] == -1).all()
+        assert (batch.ids[:, 1:][batch.mask[:, 1:]] != 1).all()
+        content = batch.mask & (batch.documents >= 0)
+        for name, found in got.items():
+            found += getattr(batch, name)[content].tolist()
+        columns = torch.arange(ctx).expand_as(batch.ids)
+        assert torch.equal(batch.positions, torch.where(batch.mask, columns, -1))
+        assert (batch.documents[~batch.mask] == -1).all()
+    tail = [2] if separate else []
+    assert got["ids"] == [i for text in texts for i in [*map(ord, text), *tail]]
+    assert got["documents"] == [n for n, text in enumerate(texts) for _ in range(len(text) + len(tail))]
+    assert all(bool(b.mask.all()) for b in batches[:-1])  # only the very last window may be padded
+    assert not batches or bool(batches[-1].mask[:-1].all())
+
+
+def test_packing_reads_its_texts_as_they_are_needed():
+    taken = []
+
+    def texts():
+        for i in range(100):
+            taken.append(i)
+            yield "abcd"
+
+    next(pack(Letters(), texts(), 5, batch_size=2))
+    assert len(taken) < 5
+
+
+def test_packing_needs_room_beside_bos():
+    with pytest.raises(ValueError, match="ctx 1"):
+        next(pack(Letters(), ["ab"], 1))
+
+
+@pytest.mark.parametrize(
+    ("content", "documents"),
+    [
+        ("one\nline\n<|endoftext|>\n\ntwo\n\nparts\n<|endoftext|>\n", ["one\nline", "two\n\nparts"]),
+        ("one\nline\n\n\ntwo\n", ["one\nline", "two"]),
+        ("alone", ["alone"]),
+        ("  indented\n\n<|endoftext|>\n<|endoftext|>\nlast", ["  indented", "last"]),
+    ],
+)
+def test_text_files_hold_documents_between_markers_or_blank_lines(tmp_path, content, documents):
+    (tmp_path / "a.txt").write_text(content)
+    assert list(read_source(f"text:{tmp_path / 'a.txt'}")) == documents
+
+
+def test_jsonl_files_hold_one_document_a_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n\n{"text": "two\\n\\nparts", "label": 1}\n')
+    assert list(read_source(f"jsonl:{path}")) == ["one", "two\n\nparts"]
+    path.write_text(json.dumps({"text": "one"}) + '\n{"body": "two"}\n{"text": ')
+    documents = read_source(f"jsonl:{path}")
+    assert next(documents) == "one"
+    with pytest.raises(ValueError, match=r"line 2 has no text under 'text'; it holds \['body'\]"):
+        next(documents)
+    path.write_text('{"body": "two"}')
+    assert list(read_source(f"jsonl:{path}", field="body")) == ["two"]
+
+
+def test_any_iterable_is_a_source():
+    assert list(read_source(iter(["a", "b"]))) == ["a", "b"]
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl"])
+def test_missing_and_empty_files_are_told_at_once(tmp_path, kind):
+    with pytest.raises(MissingError, match=r"nothing\.txt"):
+        read_source(f"{kind}:{tmp_path / 'nothing.txt'}")
+    (tmp_path / "empty").write_text(" \n\n")
+    with pytest.raises(ValueError, match="holds no text"):
+        read_source(f"{kind}:{tmp_path / 'empty'}")
+    with pytest.raises(ValueError, match="text:FILE"):
+        read_source("stories.txt")
