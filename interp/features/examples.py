@@ -135,11 +135,12 @@ class LatentScan:
     def _take(self, x: Tensor, windows: Tensor) -> None:
         """Count whole windows, and merge the best token of each into the running lists."""
         latents = self.sae.encode(x)
-        self._fired += (latents != 0).sum(dim=0)
-        self._squares += latents.double().square().sum(dim=0)
-        # only what would enter a list goes on: after the first batches that is next to nothing
-        token, latent = (latents > self._values[:, -1]).nonzero(as_tuple=True)
+        token, latent = latents.nonzero(as_tuple=True)  # the one pass over all of them: few are not zero
         value = latents[token, latent]
+        self._fired += torch.bincount(latent, minlength=self.sae.d_sae)
+        self._squares.index_add_(0, latent, value.double().square())
+        enters = value > self._values[latent, -1]  # after the first batches next to none
+        token, latent, value = token[enters], latent[enters], value[enters]
         value, order = value.sort(descending=True, stable=True)  # equal values: the earlier row first
         token, latent = token[order], latent[order]
         window = windows.unique_consecutive(return_inverse=True)[1]
