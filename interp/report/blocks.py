@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from interp.report.text import Estimate, show
+from interp.report.drawing import NULL
+from interp.report.text import Estimate, Scalar, show
 
 __all__ = [
     "Block",
@@ -102,7 +103,7 @@ class Example:
     """A text as tokens, with one activation a token (nothing is shown for those that are not positive)."""
 
     tokens: Sequence[str]
-    activations: Sequence[float]
+    activations: Sequence[Any] | np.ndarray
     note: str = ""
 
     def __post_init__(self):
@@ -123,8 +124,8 @@ class Contexts:
     examples: Sequence[Example]
     lead: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    raises: Sequence[tuple[str, float]] = ()
-    lowers: Sequence[tuple[str, float]] = ()
+    raises: Sequence[tuple[str, Scalar]] = ()
+    lowers: Sequence[tuple[str, Scalar]] = ()
 
 
 @dataclass(frozen=True)
@@ -191,24 +192,45 @@ def figure_table(figure: Any, caption: str, *, max_rows: int = 60) -> Table:
     by_row = rows_axis is not None or any(getattr(t, "orientation", None) == "h" for t in traces)
     x_name, y_name = words(figure.layout.xaxis.title.text) or "x", words(figure.layout.yaxis.title.text) or "y"
     keys = [_keys(t.y if by_row else t.x, rows_axis if by_row else None) for t in traces]
-    values = [_values(t, "x" if by_row else "y") for t in traces]
-    names = [words(t.name) or "value" for t in traces]
+    series = list(zip(traces, keys, [_values(t, "x" if by_row else "y") for t in traces], strict=True))
     shared = all(k == keys[0] for k in keys) and len(set(keys[0])) == len(keys[0])
     if shared:
-        head: list[str | Column] = ["" if by_row else x_name]
-        only = len(traces) == 1
-        head += [Column(x_name if only and by_row else y_name if only else name, null="null" in name) for name in names]
-        rows = [[key, *(v[i] for v in values)] for i, key in enumerate(keys[0])]
+        only = (x_name if by_row else y_name) if len(traces) == 1 else None
+        columns = _merge_bands([(Column(only or words(t.name), null=_is_null(t)), v) for t, _, v in series])
+        head: list[str | Column] = ["" if by_row else x_name, *(column for column, _ in columns)]
+        rows = [[key, *(v[i] for _, v in columns)] for i, key in enumerate(keys[0])]
     elif by_row:
         head = ["", x_name]
-        rows = [[key, value] for k, v in zip(keys, values, strict=True) for key, value in zip(k, v, strict=True)]
+        rows = [list(pair) for _, k, v in series for pair in zip(k, v, strict=True)]
     else:
         head = ["series", x_name, y_name]
-        rows = [[n, *pair] for n, k, v in zip(names, keys, values, strict=True) for pair in zip(k, v, strict=True)]
+        rows = [[words(t.name), *pair] for t, k, v in series for pair in zip(k, v, strict=True)]
+        texts = [words(text) for t in traces if not isinstance(t.text, str) for text in t.text or ()]
+        if len(texts) == len(rows):
+            head.append("text")
+            rows = [[*row, text] for row, text in zip(rows, texts, strict=True)]
     if len(rows) > max_rows:
-        caption += f" (every {-(-len(rows) // max_rows)}th of {show(len(rows))} rows)"
-        rows = rows[:: -(-len(rows) // max_rows)]
+        step = -(-len(rows) // max_rows)
+        caption += f" (one in {step} of {show(len(rows))} rows)"
+        rows = rows[::step]
     return Table(head, rows, caption)
+
+
+def _merge_bands(columns: list[tuple[Column, list[Any]]]) -> list[tuple[Column, list[Any]]]:
+    """Return the columns with each pair "name, low" and "name" as one column of intervals."""
+    merged: list[tuple[Column, list[Any]]] = []
+    for column, values in columns:
+        if merged and merged[-1][0].name == f"{column.name}, low":
+            low = merged.pop()[1]
+            values = [f"[{show(a, 3)}, {show(b, 3)}]" for a, b in zip(low, values, strict=True)]
+        merged.append((column, values))
+    return merged
+
+
+def _is_null(trace: Any) -> bool:
+    """Return whether the trace is drawn in the grey of nulls."""
+    line = getattr(trace, "line", None)  # bars have none
+    return trace.marker.color == NULL if line is None or line.color is None else line.color == NULL
 
 
 def _keys(positions: Any, ticktext: Any) -> list[Any]:
@@ -221,9 +243,9 @@ def _values(trace: Any, axis: str) -> list[Any]:
     values = [float(v) for v in np.asarray(getattr(trace, axis), dtype=float)]
     error = getattr(trace, f"error_{axis}", None)
     if error is None or error.array is None:
-        return values
+        return [int(v) for v in values] if all(v == int(v) for v in values) else values
     down = error.array if error.arrayminus is None else error.arrayminus
-    return [Estimate(v, v - low, v + up) for v, low, up in zip(values, down, error.array, strict=True)]
+    return [Estimate(v, float(v - low), float(v + up)) for v, low, up in zip(values, down, error.array, strict=True)]
 
 
 def words(text: Any) -> str:

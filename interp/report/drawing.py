@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from interp.report.text import plain
+from interp.report.text import Scalar, plain
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -128,10 +128,17 @@ def band(name: str, x: np.ndarray, pairs: np.ndarray, fill: str, color: str, *, 
     return [low | {"hoverinfo": "skip"}, high | {"hoverinfo": "skip"}]
 
 
-def point(name: str, value: float, interval: tuple[float, float] | None, *, row: int) -> dict[str, Any]:
+def point(name: str, value: Scalar, interval: Any | None, *, row: int) -> dict[str, Any]:
     """Return one estimate on a row, with its interval."""
     mark = {"color": SERIES[0], "size": 13, "symbol": "diamond"}
-    point = {"name": plain(name), "x": [value], "y": [row], "mode": "markers", "marker": mark, "cliponaxis": False}
+    point = {
+        "name": plain(name),
+        "x": [float(value)],
+        "y": [row],
+        "mode": "markers",
+        "marker": mark,
+        "cliponaxis": False,
+    }
     if interval is not None:
         pair = check_pairs(name, [interval], 1)
         point["error_x"] = error_bars(np.array([value]), pair, SERIES[0]) | {"thickness": 2.5, "width": 6}
@@ -166,10 +173,10 @@ def histogram(name: str, edges: np.ndarray, heights: np.ndarray, color: str, hat
     mark = {"color": color, "line": {"color": color, "width": 1 if hatch else 0}}
     mark["pattern"] = {"shape": hatch, "fillmode": "replace", "solidity": 0.4}
     bars = {"type": "bar", "name": plain(name), "x": (edges[1:] + edges[:-1]) / 2, "y": heights, "marker": mark}
-    return bars | {"width": np.diff(edges), "opacity": 0.75 if hatch else 0.85}
+    return bars | {"width": 0.92 * np.diff(edges), "opacity": 0.75 if hatch else 0.85}
 
 
-def rule(axis: str, at: float, color: str = NULL) -> dict[str, Any]:
+def rule(axis: str, at: Scalar, color: str = NULL) -> dict[str, Any]:
     """Return a dashed line across the plot at a value of the axis ("x", "y" or "y2")."""
     line = {"color": color, "width": 1.5, "dash": "dash"}
     if axis == "x":
@@ -177,7 +184,7 @@ def rule(axis: str, at: float, color: str = NULL) -> dict[str, Any]:
     return {"type": "line", "y0": at, "y1": at, "x0": 0, "x1": 1, "xref": "paper", "yref": axis, "line": line}
 
 
-def note(text: str, at: float, axis: str = "x") -> dict[str, Any]:
+def note(text: str, at: Scalar, axis: str = "x") -> dict[str, Any]:
     """Return the words beside a rule."""
     note = {"text": text, "showarrow": False, "font": {"size": 12, "color": INK if axis == "x" else MUTED}}
     if axis == "x":

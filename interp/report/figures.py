@@ -12,7 +12,7 @@ from jaxtyping import Real
 
 from interp.report import drawing as dr
 from interp.report.drawing import DARK, FigureError
-from interp.report.text import Estimate, plain, show
+from interp.report.text import Estimate, Scalar, plain, show
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -35,10 +35,11 @@ __all__ = [
 
 Values = Real[np.ndarray, " n"] | Sequence[Any]
 More = Real[np.ndarray, " m"] | Sequence[Any]
+Pair = Real[np.ndarray, "2"] | Sequence[Any]
 Pairs = Real[np.ndarray, "n 2"] | Sequence[Any]
 
 
-def training_curve(steps: Values, fve: Values, l0: Values, *, target_l0: float | None = None) -> "Figure":
+def training_curve(steps: Values, fve: Values, l0: Values, *, target_l0: Scalar | None = None) -> "Figure":
     """Draw FVE (share of variance) and L0 (active latents a token) over the optimiser steps, one panel each."""
     x, variance, active = dr.check_lines(steps=steps, fve=fve, l0=l0)
     solid = {"mode": "lines", "line": {"color": dr.SERIES[0], "width": 2}}
@@ -78,10 +79,9 @@ def density_histogram(density: Values, *, bins: int = 40) -> "Figure":
         [trace],
         title=share,
         height=320,
-        xaxis=dr.axis("log10 of the share of tokens on which a latent fires"),
+        xaxis=dr.axis("share of tokens on which a latent fires (log10)"),
         yaxis=dr.axis("latents", rangemode="tozero"),
         showlegend=False,
-        bargap=0.04,
     )
 
 
@@ -125,7 +125,7 @@ def loss_bars(losses: Mapping[str, Any]) -> "Figure":
         [trace],
         title=title,
         height=280,
-        xaxis=dr.axis("cross-entropy (nats / token)", range=[0, float(values.max()) * 1.18]),
+        xaxis=dr.axis("cross-entropy (nats / token)", range=[0, float(values.max()) * 1.3]),
         yaxis=dr.axis("", autorange="reversed", gridcolor="rgba(0,0,0,0)"),
         showlegend=False,
         bargap=0.35,
@@ -136,8 +136,8 @@ def probe_scores(
     positive: Values,
     negative: More,
     *,
-    auroc: float,
-    interval: tuple[float, float] | None = None,
+    auroc: Scalar,
+    interval: Pair | None = None,
     names: tuple[str, str] = ("positive", "negative"),
     bins: int = 30,
 ) -> "Figure":
@@ -162,12 +162,12 @@ def probe_scores(
 
 
 def probe_controls(
-    auroc: float,
-    interval: tuple[float, float],
+    auroc: Scalar,
+    interval: Pair,
     shuffled: Values,
-    random_direction: float | None = None,
+    random_direction: Scalar | None = None,
     *,
-    others: Mapping[str, float] | None = None,
+    others: Mapping[str, Scalar] | None = None,
 ) -> "Figure":
     """Draw the probe's AUROC with its interval above its nulls: shuffled-label AUROCs as a strip, chance as a line.
 
@@ -176,17 +176,17 @@ def probe_controls(
     (null,) = dr.check_lines(shuffled=shuffled)
     singles = {"random direction": random_direction} if random_direction is not None else {}
     singles |= dict(others or {})
-    rows = ["probe, held out", f"shuffled labels (× {len(null)})", *singles]
+    rows = ["probe, held out", f"shuffled labels (×\u00a0{len(null)})", *singles]
     traces = [dr.point("probe", auroc, interval, row=0), dr.strip("shuffled labels", null, row=1)]
     for row, (name, value) in enumerate(singles.items(), start=2):
         mark = dr.marker(row, null=True)
         traces.append({"name": plain(name), "x": [value], "y": [row], "mode": "markers", "marker": mark})
-    low = min(0.4, float(null.min()), *singles.values()) - 0.04
+    low = min(0.4, float(null.min()), *map(float, singles.values())) - 0.04
     return dr.draw(
         traces,
         title=f"The probe reaches {show(Estimate(auroc, *interval))}; shuffled labels {show(float(null.mean()))}",
         height=150 + 48 * len(rows),
-        xaxis=dr.axis("AUROC on held-out texts (0.5 is chance)", range=[low, 1.02]),
+        xaxis=dr.axis("held-out AUROC (dashed: chance)", range=[low, 1.02]),
         yaxis=dr.rows_axis(rows),
         shapes=[dr.rule("x", 0.5)],
         showlegend=False,
@@ -194,19 +194,19 @@ def probe_controls(
 
 
 def placebo_strip(
-    effect: float,
+    effect: Scalar,
     placebo: Values,
     *,
-    interval: tuple[float, float] | None = None,
-    z: float | None = None,
+    interval: Pair | None = None,
+    z: Scalar | None = None,
     effect_name: str = "change in score",
 ) -> "Figure":
     """Draw the effect of a direction beside the effects of random directions of equal norm."""
     (null,) = dr.check_lines(placebo=placebo)
-    rows = ["the direction", f"random directions (× {len(null)})"]
+    rows = ["the direction", f"random directions (×\u00a0{len(null)})"]
     title = f"The direction moves the score by {show(float(effect))}"
     if z is not None:
-        title += f", {show(float(z))} placebo standard deviations"
+        title += f": {show(float(z))} placebo standard deviations"
     return dr.draw(
         [dr.point("the direction", effect, interval, row=0), dr.strip("random directions", null, row=1)],
         title=title,
@@ -225,8 +225,8 @@ def dose_curve(
     *,
     placebo: Pairs | None = None,
     kl: Values | None = None,
-    kl_budget: float | None = None,
-    chosen: float | None = None,
+    kl_budget: Scalar | None = None,
+    chosen: Scalar | None = None,
     effect_name: str = "change in score",
 ) -> "Figure":
     """Draw the effect over steering strength (median residual norms), and below it what it costs in KL (nats a token).
@@ -248,7 +248,7 @@ def dose_curve(
         "shapes": [dr.rule("x", chosen, color=dr.INK)] if chosen is not None else [],
     }
     if chosen is not None:
-        layout["annotations"] = [dr.note(f"chosen: {show(float(chosen))}", chosen)]
+        layout["annotations"] = [dr.note(f"chosen: {chosen:g}", chosen)]
     if kl is not None:
         (costs,) = dr.check_lines(kl=kl)
         if len(costs) != len(x):
@@ -272,9 +272,9 @@ def layer_curve(
     title: str,
     intervals: Mapping[str, Any] | None = None,
     nulls: Sequence[str] = (),
-    chance: float | None = None,
+    chance: Scalar | None = None,
     x_title: str = "layer",
-    y_range: tuple[float, float] | None = None,
+    y_range: Pair | None = None,
 ) -> "Figure":
     """Draw one line a named series over the layers; series listed in `nulls` are grey and hollow.
 

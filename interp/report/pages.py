@@ -47,7 +47,7 @@ from interp.report.blocks import (
     Text,
 )
 from interp.report.drawing import DARK
-from interp.report.text import Estimate, clean, decimals_for, glyphs, show
+from interp.report.text import Estimate, Scalar, clean, decimals_for, glyphs, show
 
 __all__ = [
     "Column",
@@ -130,7 +130,7 @@ def render_page(page: Page) -> str:
     )
 
 
-def alpha(value: float, maximum: float) -> float:
+def alpha(value: Scalar, maximum: Scalar) -> float:
     """Return the opacity of a token's highlight: 0.05 + 0.95 log10(1 + 9 value / maximum), 0 where it is inactive."""
     if value <= 0:
         return 0.0
@@ -258,12 +258,13 @@ def _cells(values: list[Any], column: Column) -> dict[str, Any]:
 
 
 def _decimals(values: list[float]) -> int | None:
-    """Return decimals for a column: three digits for its largest value, two for its smallest, at most three of them."""
+    """Return decimals that show three digits of every value of a column (at most 3), None where each needs its own."""
     sizes = [abs(v) for v in values if v]
-    if sizes and max(sizes) < 1e-3:
+    if not sizes:
+        return 0
+    if max(sizes) < 1e-3 or max(sizes) > 1e4 * min(sizes):
         return None
-    smallest = min(3, max(0, 1 - math.floor(math.log10(min(sizes))))) if sizes else 0
-    return max(decimals_for(values), smallest)
+    return max(decimals_for(values), min(3, decimals_for([min(sizes)])))
 
 
 def _contexts(block: Contexts) -> dict[str, Any]:
@@ -280,16 +281,18 @@ def _example(example: Example, maximum: float) -> dict[str, Any]:
     for i, (token, value) in enumerate(zip(example.tokens, values, strict=True)):
         text = glyphs(token)
         if value <= 0 or maximum <= 0:
-            if runs and not runs[-1]["level"]:
-                runs[-1]["text"] += text
-            else:
-                runs.append({"text": text, "level": 0})
+            runs.append({"text": text, "level": 0})
             continue
+        word = text.lstrip(" ") or text or "∅"
+        # the space before a word stays outside its mark, or a mark would begin at the end of the line above
+        runs.append({"text": text.removesuffix(word), "level": 0})
         share = min(1.0, value / maximum)
-        run = {"text": text or "∅", "level": round(100 * alpha(value, maximum)), "quartile": math.ceil(4 * share)}
-        runs.append(run | {"value": show(value), "share": round(100 * share), "peak": i == top})
+        run = {"text": word, "level": round(100 * alpha(value, maximum)), "quartile": math.ceil(4 * share)}
+        runs.append(run | {"token": text, "value": show(value), "share": round(100 * share), "peak": i == top})
+    if runs:
+        runs[0]["text"] = runs[0]["text"].lstrip(" ")
     active = top >= 0 and values[top] > 0
-    badge = {"token": glyphs(example.tokens[top]), "value": show(values[top])} if active else None
+    badge = {"token": glyphs(example.tokens[top]).strip(" "), "value": show(values[top])} if active else None
     return {"runs": runs, "badge": badge, "note": example.note}
 
 
@@ -325,7 +328,7 @@ def dark_text(opacity: float) -> str:
     return "#000" if (light + 0.05) / 0.05 > 1.05 / (light + 0.05) else "#fff"
 
 
-def luminance(rgb: Sequence[float]) -> float:
+def luminance(rgb: Sequence[Scalar]) -> float:
     """Return the relative luminance of an sRGB colour given as 0 to 255 (WCAG 2.2)."""
     linear = [v / 255 / 12.92 if v / 255 <= 0.04045 else ((v / 255 + 0.055) / 1.055) ** 2.4 for v in rgb]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

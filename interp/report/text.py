@@ -3,12 +3,16 @@
 import math
 import re
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-__all__ = ["Estimate", "clean", "decimals_for", "glyphs", "plain", "show"]
+import numpy as np
 
+__all__ = ["Estimate", "Scalar", "clean", "decimals_for", "glyphs", "plain", "show"]
+
+Scalar = float | int | np.number
 MINUS = "\u2212"
 _CONTROL = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -18,9 +22,9 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 class Estimate:
     """A number with its interval, shown as `0.981 [0.970, 0.990]`. Raises ValueError where low > high."""
 
-    value: float
-    low: float
-    high: float
+    value: Scalar
+    low: Scalar
+    high: Scalar
 
     def __post_init__(self):
         if not self.low <= self.high:
@@ -55,9 +59,9 @@ def plain(text: Any) -> str:
     return text.replace("\n", " ↵ ")
 
 
-def decimals_for(values: list[float]) -> int:
+def decimals_for(values: Sequence[Any]) -> int:
     """Return how many decimals give the largest of the values three significant digits (0 to 4)."""
-    top = max((abs(v) for v in values), default=0.0)
+    top = max((abs(float(v)) for v in values if math.isfinite(v)), default=0.0)
     if top == 0:
         return 0
     return min(4, max(0, 2 - math.floor(math.log10(top))))

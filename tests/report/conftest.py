@@ -177,13 +177,25 @@ def build_sample() -> Page:
                     Text("The strength was chosen on other prompts, within a budget of 0.15 nats a token.", "note"),
                 ],
             ),
-            Section("Analogies", [figure("analogy_by_layer"), figure("dot_rows"), Table(columns, rows, "Three of them")]),
+            Section(
+                "Analogies", [figure("analogy_by_layer"), figure("dot_rows"), Table(columns, rows, "Three of them")]
+            ),
             Section("Map", [figure("map_2d"), Text("interp demo --seed 0 --out demo", "code")]),
         ],
-        about={"model": "tiny", "hook point": "blocks.3.hook_resid_post", "seed": 0, "tokens": 200_000, "torch": "2.13"},
+        about={
+            "model": "tiny",
+            "hook point": "blocks.3.hook_resid_post",
+            "seed": 0,
+            "tokens": 200_000,
+        },
     )
 
 
 @pytest.fixture(scope="session")
 def sample_page() -> Page:
     return build_sample()
+
+
+@pytest.fixture(scope="session", name="sample_figures")
+def sample_figures_fixture() -> dict:
+    return sample_figures()

@@ -7,13 +7,14 @@
     else setAttribute.call(this, name, value);
   };
 
+  const CHARACTER = 7.5; // mean width in pixels of a letter of an axis title
   const PRINT_WIDTH = 640; // CSS pixels that fit A4 and letter between ordinary margins
+  const touch = matchMedia("(pointer: coarse)");
   const config = {
-    displaylogo: false, showSendToCloud: false, responsive: true,
+    displayModeBar: touch.matches ? false : "hover", displaylogo: false, showSendToCloud: false, responsive: true,
     modeBarButtonsToRemove: ["select2d", "lasso2d", "zoomIn2d", "zoomOut2d", "autoScale2d", "pan2d", "zoom2d"],
   };
   const dark = matchMedia("(prefers-color-scheme: dark)");
-  const touch = matchMedia("(pointer: coarse)");
   const plots = [...document.querySelectorAll(".plot")];
   const json = (id) => JSON.parse(document.getElementById(id).textContent);
   const palette = plots.length ? json("palette") : {};
@@ -28,17 +29,34 @@
     return value;
   }
 
+  function fitTitles(layout, width) {
+    for (const [name, axis] of Object.entries(layout)) {
+      if (!/^[xy]axis/.test(name) || !axis.title || !axis.title.text) continue;
+      const [from, to] = axis.domain || [0, 1];
+      const room = name[0] === "x" ? width - 170 : ((layout.height || 420) - (width < 480 ? 180 : 120)) * (to - from);
+      const length = axis.title.text.length * CHARACTER;
+      const even = length / Math.ceil(length / room) + 3 * CHARACTER; // two lines of one length, not a full one and a word
+      const lines = [""];
+      for (const word of axis.title.text.split(" ")) {
+        if (lines.at(-1) && (lines.at(-1).length + word.length) * CHARACTER > Math.min(room, even)) lines.push("");
+        lines.push((lines.pop() + " " + word).trim());
+      }
+      axis.title.text = lines.join("<br>");
+    }
+  }
+
   function draw(plot) {
     let figure = json(plot.id + "-data");
     if (dark.matches && !printing) figure = recolour(figure);
-    const ink = getComputedStyle(document.documentElement);
+    const style = getComputedStyle(document.documentElement);
+    const [text, muted, soft, rule] = ["--ink", "--muted", "--soft", "--rule"].map((n) => style.getPropertyValue(n).trim());
     const layout = figure.layout;
-    layout.font = Object.assign({ color: ink.getPropertyValue("--ink").trim() }, layout.font);
-    layout.hoverlabel = Object.assign({}, layout.hoverlabel, {
-      bgcolor: ink.getPropertyValue("--soft").trim(), bordercolor: ink.getPropertyValue("--rule").trim(),
-    });
-    layout.hoverlabel.font = Object.assign({}, layout.hoverlabel.font, { color: ink.getPropertyValue("--ink").trim() });
+    layout.font = Object.assign({ color: text }, layout.font);
+    layout.hoverlabel = Object.assign({}, layout.hoverlabel, { bgcolor: soft, bordercolor: rule });
+    layout.hoverlabel.font = Object.assign({}, layout.hoverlabel.font, { color: text });
+    layout.modebar = { bgcolor: "rgba(0,0,0,0)", color: muted, activecolor: text };
     if (touch.matches) layout.dragmode = false; // a finger on a figure scrolls the page
+    fitTitles(layout, printing ? PRINT_WIDTH : plot.clientWidth);
     if (printing) Object.assign(layout, { width: PRINT_WIDTH, autosize: false });
     plot.dataset.drawn = "true";
     return Plotly.react(plot, figure.data, layout, config);
@@ -61,17 +79,14 @@
     dark.addEventListener("change", () => plots.filter((plot) => !waiting.has(plot)).forEach(draw));
   }
 
-  const opened = [];
   addEventListener("beforeprint", () => {
     printing = true;
     waiting.clear();
     plots.forEach(draw);
-    document.querySelectorAll("details:not([open])").forEach((item) => { item.open = true; opened.push(item); });
   });
   addEventListener("afterprint", () => {
     printing = false;
     plots.forEach(draw);
-    opened.splice(0).forEach((item) => { item.open = false; });
   });
 
   const tip = document.getElementById("tip");
@@ -84,7 +99,7 @@
   function showTip(token) {
     hideTip();
     pinned = token;
-    tip.textContent = "‘" + token.textContent + "’\nactivation " + token.dataset.value + ", " + token.dataset.share +
+    tip.textContent = "‘" + token.dataset.token + "’\nactivation " + token.dataset.value + ", " + token.dataset.share +
       " % of the strongest";
     tip.hidden = false;
     token.setAttribute("aria-describedby", "tip");
@@ -130,7 +145,7 @@
   const sections = [...document.querySelectorAll("main section")];
   function mark() {
     const passed = sections.filter((section) => section.getBoundingClientRect().top < innerHeight * 0.3);
-    const here = scrollY + innerHeight >= document.documentElement.scrollHeight - 2 ? sections.at(-1) : passed.at(-1);
+    const here = scrollY + innerHeight >= document.documentElement.scrollHeight - 2 ? sections.at(-1) : passed.at(-1) || sections[0];
     for (const [id, link] of links) {
       if (here && here.id === id) link.setAttribute("aria-current", "true");
       else link.removeAttribute("aria-current");
