@@ -1,0 +1,36 @@
+"""Scale-free training losses: shares of the data's variance, and of the residual, that are left unexplained."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+__all__ = ["aux_k_loss", "reconstruction_loss"]
+
+
+def reconstruction_loss(error: Float[Tensor, "tok d_in"], variance: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """Return the mean squared error a token over the data's total variance a token: 1 for the mean as a guess.
+
+    Divided by a variance, the loss and every coefficient beside it mean the same at any width and activation scale.
+    """
+    return error.square().sum() / (error.shape[0] * variance)
+
+
+def aux_k_loss(
+    residual: Float[Tensor, "tok d_in"],
+    pre: Float[Tensor, "tok n_dead"],
+    dec: Float[Tensor, "n_dead d_in"],
+    k: int,
+) -> Float[Tensor, ""]:
+    """Return the share of the residual that the k strongest dead latents of each token leave unexplained.
+
+    AuxK of Gao et al. (arXiv:2406.04093), with three choices: the residual is detached (the live latents are not asked
+    to leave something over), the decoder bias stays out (it is in the residual already), and the pre-activations are
+    not rectified, so that a latent below zero on the whole batch still gets an encoder gradient. Scaled by the share of
+    the k places that can be filled, so that a few dead latents do not shout.
+    """
+    n_dead = pre.shape[1]
+    if n_dead > k:
+        weakest = pre.detach().topk(k, sorted=False).values.amin(dim=1, keepdim=True)
+        pre = pre * (pre.detach() >= weakest)
+    residual = residual.detach()
+    left = (residual - pre @ dec).square().sum() / residual.square().sum().clamp_min(1e-30)
+    return left * min(n_dead / k, 1.0)

@@ -1,0 +1,45 @@
+"""Fused Adam with a warm-up, a linear tail, and decoder rows that stay on the unit sphere."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae.config import TrainConfig
+
+__all__ = ["Optimiser", "lr_share", "remove_parallel"]
+
+
+def lr_share(step: int, cfg: TrainConfig) -> float:
+    """Return the share of the peak learning rate at a step (from 0): linear rise, plateau, linear fall to 0."""
+    rise = max(1, round(cfg.warmup * cfg.steps))
+    fall = max(1, round(cfg.decay * cfg.steps))
+    return max(0.0, min(1.0, (step + 1) / rise, (cfg.steps - step) / fall))
+
+
+@torch.no_grad()
+def remove_parallel(grad: Float[Tensor, "d_sae d_in"], dec: Float[Tensor, "d_sae d_in"]) -> None:
+    """Take from each row of the gradient, in place, what would only change the length of that (unit) decoder row."""
+    along = (grad * dec).sum(1, keepdim=True)
+    grad.addcmul_(along, dec, value=-1)
+
+
+class Optimiser:
+    """One step of Adam for the four weights of an SAE whose decoder rows have unit norm."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter], dec: torch.nn.Parameter, cfg: TrainConfig) -> None:
+        self.cfg, self.dec, self.parameters = cfg, dec, parameters
+        assert cfg.lr is not None, "resolve() the config first"
+        self.adam = torch.optim.Adam(parameters, lr=cfg.lr, betas=cfg.betas, fused=True)
+
+    def step(self, index: int) -> float:
+        """Apply the gradients that are there, as step number index; return the learning rate that was used."""
+        assert self.dec.grad is not None and self.cfg.lr is not None
+        lr = self.cfg.lr * lr_share(index, self.cfg)
+        remove_parallel(self.dec.grad, self.dec)
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.cfg.clip, foreach=True)
+        self.adam.param_groups[0]["lr"] = lr
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            self.dec.div_(self.dec.norm(dim=1, keepdim=True))
+        return lr
