@@ -185,6 +185,8 @@ def main() -> None:
             for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
                 slow.lerp_(fast, pull)
         state["step"] += 1
+        if state["step"] % 10 == 0:
+            print(state["step"], round(time.time() - began), round(total, 3), flush=True)
         if state["step"] % args.every and state["step"] < args.steps:
             continue
         state["seconds"] = time.time() - began
