@@ -38,10 +38,11 @@ def test_greedy_generation_shows_the_whole_prompt_and_then_one_column_at_a_time(
         ({"num_beams": 3}, [0, 6, 7, 8], [6, 1, 1, 1], 6),
         ({"num_return_sequences": 2, "do_sample": True}, [0, 6, 7, 8], [6, 1, 1, 1], 4),
         ({"cache_implementation": "static"}, [0, 6, 7, 8], [6, 1, 1, 1], 2),
+        ({"cache_implementation": "static", "num_beams": 2}, [0, 6, 7, 8], [6, 1, 1, 1], 4),
         ({"use_cache": False}, [0, 0, 0, 0], [6, 7, 8, 9], 2),
         ({"prefill_chunk_size": 3}, [0, 3, 6, 7, 8], [3, 3, 1, 1, 1], 2),
     ],
-    ids=["beams", "returned", "static", "no_cache", "chunked"],
+    ids=["beams", "returned", "static", "static_beams", "no_cache", "chunked"],
 )
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
 def test_every_way_to_generate_shows_the_same_columns(build, family, options, pasts, widths, rows):
