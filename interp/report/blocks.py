@@ -186,8 +186,12 @@ def figure_table(figure: Any, caption: str, *, max_rows: int = 60) -> Table:
     """Return the numbers that a plotly figure draws as a table, thinned evenly (and saying so) above `max_rows`.
 
     Series over the same positions become columns, others rows; error bars become intervals.
+    Raises PageError for traces other than lines, markers and bars: only their maker can lay out their numbers.
     """
-    traces = [t for t in figure.data if t.x is not None and t.y is not None]
+    traces = list(figure.data)
+    odd = [t.type for t in traces if t.type not in ("scatter", "bar") or t.x is None or t.y is None]
+    if odd or not traces:
+        raise PageError(f"{caption}: a figure with {', '.join(odd) or 'no trace'} needs a table of its own; give one")
     rows_axis = figure.layout.yaxis.ticktext
     by_row = rows_axis is not None or any(getattr(t, "orientation", None) == "h" for t in traces)
     x_name, y_name = words(figure.layout.xaxis.title.text) or "x", words(figure.layout.yaxis.title.text) or "y"

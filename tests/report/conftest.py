@@ -1,6 +1,7 @@
 """A page with every block and every figure, filled with values such as a real run gives."""
 
 import numpy as np
+import plotly.graph_objects as go
 import pytest
 
 from interp.report import figures
@@ -115,6 +116,10 @@ def build_sample() -> Page:
     def figure(name: str) -> Figure:
         return Figure(drawn[name], captions.get(name, "Held-out values; hollow grey marks are nulls."))
 
+    # another's figure: bold text and a colour bar, which plotly styles by attributes, and no template of ours
+    matrix = go.Figure(go.Heatmap(x=["a", "b"], y=["c", "d"], z=[[1, 0.5], [0.5, 1]]), {"height": 300})
+    matrix.update_layout(xaxis_title="<b>first</b>", yaxis_title="second")
+    foreign = Figure(matrix, "Cosines.", Table(["", "a", "b"], [["c", 1, 0.5], ["d", 0.5, 1]], "Cosines"), "Cosines")
     rows = [
         ["king − man + woman", "queen", 1, 1, 0.612, 0.281],
         ["paris − france + germany", "berlin", 1, 2, 0.583, 0.302],
@@ -180,7 +185,7 @@ def build_sample() -> Page:
             Section(
                 "Analogies", [figure("analogy_by_layer"), figure("dot_rows"), Table(columns, rows, "Three of them")]
             ),
-            Section("Map", [figure("map_2d"), Text("interp demo --seed 0 --out demo", "code")]),
+            Section("Map", [figure("map_2d"), foreign, Text("interp demo --seed 0 --out demo", "code")]),
         ],
         about={
             "model": "tiny",

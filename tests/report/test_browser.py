@@ -39,7 +39,7 @@ INTRUDE = """
 }
 """
 LABEL = "getComputedStyle(document.querySelector('#plot-1 .ytick text')).fill"
-N_FIGURES = 11
+N_FIGURES = 12
 
 
 @dataclass
@@ -146,7 +146,7 @@ def test_print_shows_every_figure_in_light_colours_before_any_was_scrolled_to(br
     seen.page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert before < N_FIGURES and seen.page.evaluate(DRAWN) == N_FIGURES
     assert seen.page.evaluate(LABEL) == "rgb(87, 96, 106)"
-    assert seen.page.evaluate("document.querySelector('#plot-11 .main-svg').width.baseVal.value") == 640
+    assert seen.page.evaluate("document.querySelector('#plot-12 .main-svg').width.baseVal.value") == 640
     assert (seen.requests, seen.said) == ([address], [])
 
 

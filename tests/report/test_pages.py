@@ -9,6 +9,7 @@ import re
 from html.parser import HTMLParser
 
 import numpy as np
+import plotly.graph_objects as go
 import pytest
 
 from interp.report import figures, pages
@@ -157,6 +158,7 @@ def test_headings_descend_one_level_at_a_time_and_ids_are_unique(read):
 def test_hostile_text_is_shown_as_text_wherever_it_stands():
     bad = "".join(HOSTILE) + "\ud800\x00\x1b"
     figure = figures.map_2d([[0, 0], [1, 1]], [bad, "b"], [bad, bad], title=bad, axes=(bad, "y"))
+    foreign = go.Figure({"data": [{"type": "scatter", "name": bad, "x": [0], "y": [1]}]})  # not escaped for plotly
     page = Page(
         title=bad,
         lead=bad,
@@ -172,6 +174,7 @@ def test_hostile_text_is_shown_as_text_wherever_it_stands():
                     Text(bad, "code"),
                     Table([bad, Column(bad, null=True)], [[bad, bad]], bad),
                     Figure(figure, bad),
+                    Figure(foreign, bad),
                     Contexts(bad, [Example([bad, bad], [1.0, 0.0], bad)], bad, {bad: bad}, [(bad, 1.0)], [(bad, -1.0)]),
                     SideBySide([bad], [(bad, Reply(bad, bad))], bad),
                 ],
@@ -184,7 +187,7 @@ def test_hostile_text_is_shown_as_text_wherever_it_stands():
     text.encode("utf-8")
     read = Reader(text)
     assert not {t for t, _ in read.elements} & {"img", "iframe", "form", "svg"}
-    assert read.count("script") == 4 and read.count("style") == 1
+    assert read.count("script") == 5 and read.count("style") == 1
     assert len(read.styles) == 1
     run = [s for a, s in read.scripts if a.get("type") != "application/json"]
     assert len(run) == 2 and run[0].startswith("/**\n* plotly.js") and run[1].startswith('"use strict"')
@@ -293,6 +296,11 @@ def test_backticks_set_code_and_a_lone_one_stays():
         (lambda: Example(["a"], [float("nan")]), "nan or infinite"),
         (lambda: SideBySide(["a", "b"], [("p", "x")]), "row 0 has 1 texts"),
         (lambda: Text("x", "loud"), "not 'loud'"),
+        (
+            lambda: render_page(small(Figure(go.Figure(go.Heatmap(z=[[1]])), "c"))),
+            "a figure with heatmap needs a table",
+        ),
+        (lambda: render_page(small(Figure(go.Figure(), "c"))), "a figure with no trace needs a table"),
         (lambda: render_page(Page("P", [Section("A"), Section("a")])), "anchor 'a' is taken"),
         (lambda: render_page(Page("P", [Section("數")])), "anchor '' is taken or is not a word"),
     ],

@@ -59,7 +59,10 @@
     fitTitles(layout, printing ? PRINT_WIDTH : plot.clientWidth);
     if (printing) Object.assign(layout, { width: PRINT_WIDTH, autosize: false });
     plot.dataset.drawn = "true";
-    return Plotly.react(plot, figure.data, layout, config);
+    return Plotly.react(plot, figure.data, layout, config).then(() => {
+      // hundreds of tick labels say less than the table; the buttons above the figure stay reachable
+      plot.querySelectorAll(".main-svg").forEach((svg) => svg.setAttribute("aria-hidden", "true"));
+    });
   }
 
   const waiting = new Set(plots);
