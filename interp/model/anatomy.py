@@ -222,6 +222,10 @@ def _check_blocks(hf: nn.Module, path: str, n: int, seen: Probe, hidden: Any) ->
     missing = [i for i in range(n) if f"{path}.{i}" not in seen.outputs]
     if missing:
         raise AnatomyError(f"{type(hf).__name__}: block {path}.{missing[0]} does not run; name the blocks with blocks=")
+    stream = seen.outputs[f"{path}.0"]
+    if not (isinstance(stream, Tensor) and stream.ndim == 3):
+        got = f"{stream.ndim}-D tensors" if isinstance(stream, Tensor) else f"a {type(stream).__name__}"
+        raise AnatomyError(f"{type(hf).__name__}: {path}.0 passes on {got}, not one stream [batch, position, width]")
     if getattr(text_config(hf), "model_type", "") in STATE_SPACE:
         return
     if hidden and len(hidden) == 2 * n + 1:  # transformers counts a bridge's block and the OPT block inside it
@@ -302,7 +306,8 @@ def _tail(hf: nn.Module, path: str, norm: Part | None, last: Tensor, logits: Ten
     x = last
     try:
         for module in tail:
-            x = module(x.to(next(module.parameters()).device))
+            weight = next(module.parameters(), x)  # OLMo's norm has none
+            x = module(x.to(weight.device))
         x = finish_logits(hf, x)
     except (RuntimeError, TypeError):  # shapes or call do not fit: this family's tail is not a plain chain
         return None

@@ -148,6 +148,13 @@ def test_the_fingerprint_is_of_the_weights_not_of_the_load(folder, build):
     assert load_model(build("mistral")).fingerprint != before
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gemma3_text", "opt", "bloom"])
+def test_a_saved_model_has_the_fingerprint_of_the_one_in_memory(build, tmp_path, family):
+    hf = build(family)
+    hf.save_pretrained(tmp_path)
+    assert load_model(tmp_path, device="cpu").fingerprint == load_model(hf).fingerprint
+
+
 def test_the_fingerprint_sees_every_column_of_a_large_matrix(build):
     hf = build("llama", vocab_size=6000, hidden_size=48)
     model = load_model(hf)
