@@ -7,7 +7,7 @@
     else setAttribute.call(this, name, value);
   };
 
-  const CHARACTER = 7.5; // mean width in pixels of a letter of an axis title
+  const CHARACTER = 7; // mean width in pixels of a letter of an axis title
   const PRINT_WIDTH = 640; // CSS pixels that fit A4 and letter between ordinary margins
   const touch = matchMedia("(pointer: coarse)");
   const config = {
@@ -29,19 +29,25 @@
     return value;
   }
 
+  function wrap(text, room) {
+    const lines = [""];
+    for (const word of text.split(" ")) {
+      if (lines.at(-1) && lines.at(-1).length + word.length >= room) lines.push("");
+      lines.push((lines.pop() + " " + word).trim());
+    }
+    return lines;
+  }
+
   function fitTitles(layout, width) {
     for (const [name, axis] of Object.entries(layout)) {
       if (!/^[xy]axis/.test(name) || !axis.title || !axis.title.text) continue;
       const [from, to] = axis.domain || [0, 1];
-      const room = name[0] === "x" ? width - 170 : ((layout.height || 420) - (width < 480 ? 180 : 120)) * (to - from);
-      const length = axis.title.text.length * CHARACTER;
-      const even = length / Math.ceil(length / room) + 3 * CHARACTER; // two lines of one length, not a full one and a word
-      const lines = [""];
-      for (const word of axis.title.text.split(" ")) {
-        if (lines.at(-1) && (lines.at(-1).length + word.length) * CHARACTER > Math.min(room, even)) lines.push("");
-        lines.push((lines.pop() + " " + word).trim());
-      }
-      axis.title.text = lines.join("<br>");
+      const height = (layout.height || 420) - (width < 480 ? 180 : 120);
+      const room = Math.floor((name[0] === "x" ? width - 170 : height * (to - from)) / CHARACTER);
+      const fewest = wrap(axis.title.text, room).length;
+      let even = Math.ceil(axis.title.text.length / fewest); // lines of one length, not a full one and a last word
+      while (even < room && wrap(axis.title.text, even).length > fewest) even += 1;
+      axis.title.text = wrap(axis.title.text, even).join("<br>");
     }
   }
 
