@@ -101,7 +101,6 @@ def render_page(page: Page) -> str:
     Raises PageError where parts do not fit, ValueError where a number is nan.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
 
     environment = Environment(
         loader=PackageLoader("interp.report", "assets"),
@@ -109,7 +108,7 @@ def render_page(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=StrictUndefined,
-        # every text passes here, whichever block it came from; Markup is ours
+        # every text passes here, whichever block it came from; only what the template calls safe is ours
         finalize=lambda value: clean(value) if type(value) is str else value,
     )
     environment.filters |= {"show": show, "spans": _spans, "paragraphs": _paragraphs}
@@ -120,13 +119,13 @@ def render_page(page: Page) -> str:
         page=page,
         about={name: show(value) for name, value in page.about.items()},
         sections=sections,
-        figures=[Markup(_json(figure["json"])) for figure in figures],
-        palette=Markup(_json(DARK)),
+        figures=[_json(figure["json"]) for figure in figures],
+        palette=_json(DARK),
         # plotly.js adds the style of its map library, which no policy of ours lets in, unless its id is taken
         taken_ids=re.findall(r'getElementById\("([0-9a-f]{64})"\)', _plotly()) if figures else [],
         policy=_policy(scripts, style),
-        style=Markup(style),
-        scripts=[Markup(script) for script in scripts],
+        style=style,
+        scripts=scripts,
     )
 
 
