@@ -178,9 +178,9 @@ def _row(model: Model, number: int, document: Any, add_bos: bool, max_len: int |
         ids = tokens.encode(tokens.need_tokenizer(model.tokenizer), document, add_bos=add_bos)
     else:
         ids = [int(i) for i in document]
-    bad = [i for i in ids if not 0 <= i < model.d_vocab]
-    if bad:
-        raise ValueError(f"document {number} has token id {bad[0]}; {model.name} has ids 0 to {model.d_vocab - 1}")
+    if ids and not (min(ids) >= 0 and max(ids) < model.d_vocab):
+        bad = min(ids) if min(ids) < 0 else max(ids)
+        raise ValueError(f"document {number} has token id {bad}; {model.name} has ids 0 to {model.d_vocab - 1}")
     ids = ids[:max_len]
     limit = model.n_ctx
     if len(ids) > limit:

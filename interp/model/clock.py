@@ -17,8 +17,8 @@ class Clock:
     Columns count the padded row from 0, with or without a cache; positions count real tokens from the first one of
     the row and are -1 on pads. `special` is by token id (BOS, EOS, pad, ...) and all False where ids are unknown
     (inputs_embeds). An edit that must leave pads alone selects with `mask`; BOS and its like with `~special`.
-    `prompt_width` is the padded width of the prompt given to generate, None outside generate: the first new token is
-    predicted from column prompt_width - 1.
+    `prompt_width` is the padded width of the prompt given to generate, None outside of it (and in a
+    TransformerBridge's own generate loop): the first new token is predicted from column prompt_width - 1.
     """
 
     past: int
