@@ -119,7 +119,11 @@ def steer(
     with steering(loaded, operation):
         after = loaded.generate(prompts, max_new_tokens=max_new_tokens)
     rows = [{"prompt": p, "unsteered": b, "steered": a} for p, b, a in zip(prompts, before, after, strict=True)]
-    shown = [line for r in rows for line in (f"prompt     {r['prompt']}", f"unsteered {r['unsteered']}", f"steered   {r['steered']}")]
+    shown = [
+        line
+        for r in rows
+        for line in (f"prompt     {r['prompt']}", f"unsteered {r['unsteered']}", f"steered   {r['steered']}")
+    ]
     _emit({"hook": given.hook, "strength": strength, "positions": positions, "texts": rows}, as_json, shown)
 
 

@@ -84,6 +84,10 @@ def vectors(model, data: generator.Labelled, hook: str) -> torch.Tensor:
     return pool(capture_acts(model, data.texts, [hook]), hook, "mean")
 
 
+def binary(data: generator.Labelled, label: str) -> list[int]:
+    return [int(found == label) for found in data.labels]
+
+
 def probes(model, hook: str) -> dict:
     """Return AUROC on held-out templates, with words the probe has seen and with words it has not."""
     out = {}
@@ -97,18 +101,15 @@ def probes(model, hook: str) -> dict:
             classes = sorted(set(train.labels))
             results = [
                 evaluate_probe(
-                    x_train, [int(l == c) for l in train.labels], x_test, [int(l == c) for l in test.labels],
+                    x_train, binary(train, c), x_test, binary(test, c),
                     groups_train=train.templates, groups_test=test.templates, C=0.05,
                 )
                 for c in (classes if len(classes) > 2 else classes[:1])
             ]  # fmt: skip
-            mean = lambda key: sum(getattr(r, key) for r in results) / len(results)  # noqa: E731
             out[attribute][name] = {
-                "auroc": mean("auroc"),
-                "low": min(r.interval[0] for r in results),
-                "control": mean("control"),
-                "random_direction": mean("random_direction"),
-            }
+                key: sum(getattr(r, key) for r in results) / len(results)
+                for key in ("auroc", "control", "random_direction")
+            } | {"low": min(r.interval[0] for r in results)}
     return out
 
 

@@ -37,7 +37,9 @@ def _train(texts: list[str], size: int) -> Tokenizer:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     core.train_from_iterator(
         (text[i : i + 4000] for text in texts for i in range(0, len(text), 4000)),
-        trainers.BpeTrainer(vocab_size=size, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=size, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
+        ),
     )
     return core
 

@@ -74,7 +74,9 @@ def _encode(tokenizer: PreTrainedTokenizerFast, text: str) -> np.ndarray:
     return np.concatenate([np.array(row.ids, dtype=np.uint16) for row in rows])
 
 
-def sample_rows(streams: dict[str, np.ndarray], starts: dict[str, np.ndarray], rng: np.random.Generator) -> torch.Tensor:
+def sample_rows(
+    streams: dict[str, np.ndarray], starts: dict[str, np.ndarray], rng: np.random.Generator
+) -> torch.Tensor:
     """Return a batch [BATCH, CTX + 1] of windows after one BOS; half of them begin where a paragraph does."""
     rows = np.zeros((BATCH, CTX + 1), dtype=np.int64)  # BOS has id 0
     for i, name in enumerate(rng.choice(list(SHARES), BATCH, p=list(SHARES.values()))):

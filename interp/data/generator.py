@@ -25,8 +25,10 @@ PRONOUNS = {
     "male": {"he": "he", "his": "his", "him": "him", "himself": "himself"},
     "female": {"he": "she", "his": "her", "him": "her", "himself": "herself"},
 }
-NEUTRAL_NOUNS = ("house", "party", "garden", "book", "song", "dinner", "school", "game", "room", "movie", "town", "meal",
-                 "picture", "hotel", "story", "place", "cake", "dream", "beach", "gift")  # fmt: skip
+NEUTRAL_NOUNS = (
+    "house", "party", "garden", "book", "song", "dinner", "school", "game", "room", "movie", "town", "meal", "picture",
+    "hotel", "story", "place", "cake", "dream", "beach", "gift",
+)  # fmt: skip
 SENTIMENT = {
     "positive": {
         "feeling": ("happy", "glad", "good", "pleased"),
@@ -152,7 +154,12 @@ def _topic(rng: random.Random, row: dict[str, str], label: str) -> dict[str, str
 
 
 def _language(rng: random.Random, row: dict[str, str], label: str) -> dict[str, str]:
-    return {**row, "en": row["singular"], "fr": row["french"], "word": row["french" if label == "french" else "singular"]}
+    return {
+        **row,
+        "en": row["singular"],
+        "fr": row["french"],
+        "word": row["french" if label == "french" else "singular"],
+    }
 
 
 def _plain(rng: random.Random, row: dict[str, str], label: str) -> dict[str, str]:
@@ -198,9 +205,7 @@ def _word_half(table_name: str, half: str) -> list[dict[str, str]]:
     return {"all": rows, "a": rows[:middle], "b": rows[middle:]}[half]
 
 
-def labelled(
-    attribute: str, *, split: str = "train", words: str = "all", n: int = 400, seed: int = 0
-) -> Labelled:
+def labelled(attribute: str, *, split: str = "train", words: str = "all", n: int = 400, seed: int = 0) -> Labelled:
     """Return `n` labelled sentences of one attribute, labels balanced.
 
     `split`: "train" uses the templates that training documents use, "held_out" those that they never use.
@@ -221,7 +226,9 @@ def labelled(
         slots = _names(rng) | spec.fill(rng, rng.choice(rows), label)
         if allowed:  # both words of a topic sentence come from the half asked for
             slots["b"] = rng.choice([w for w in topic_words()[label] if w in allowed and w != slots["a"]])
-        out.texts.append(_sentence(_choose(attribute, templates(attribute)[template], label), slots, french=label == "french"))
+        out.texts.append(
+            _sentence(_choose(attribute, templates(attribute)[template], label), slots, french=label == "french")
+        )
         out.labels.append(label)
         out.templates.append(template)
         out.words.append(slots["word"])
@@ -247,7 +254,9 @@ def _document(rng: random.Random) -> str:
             sentences.append(_sentence(hints.pop(), slots))
         elif seen:
             plain.remove(seen[0])
-            sentences.append(_sentence(_choose(attribute, templates(attribute)[seen[0]], label), slots, french=label == "french"))
+            sentences.append(
+                _sentence(_choose(attribute, templates(attribute)[seen[0]], label), slots, french=label == "french")
+            )
     if rng.random() < 0.4:
         sentences.insert(rng.randint(0, len(sentences)), rng.choice(FILLERS).format_map(names))
     return " ".join(sentences)

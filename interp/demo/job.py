@@ -3,11 +3,13 @@
 import platform
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from interp.concepts.effects import Effects
 from interp.demo import parts
 from interp.demo.page import build_page
 from interp.model.loading import load_model
@@ -70,7 +72,10 @@ def run_demo(
     folder.mkdir(parents=True, exist_ok=True)
     write_report(build_page(found, result), folder / "report.html")
     seconds["total"] = time.perf_counter() - began
-    result |= {"timings": {key: round(value, 1) for key, value in seconds.items()}, "seconds": round(seconds["total"], 1)}
+    result |= {
+        "timings": {key: round(value, 1) for key, value in seconds.items()},
+        "seconds": round(seconds["total"], 1),
+    }
     write_json(folder / "run.json", result)
     say(f"      {seconds['total']:.0f} s: {folder / 'report.html'}")
     return result
@@ -102,6 +107,15 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def steer_summary(measured: Any) -> dict[str, Any]:
-    """Return what matters of a dose curve: `effect` is in placebo standard deviations."""
-    raise NotImplementedError
+def steer_summary(measured: Effects) -> dict[str, Any]:
+    """Return what matters of a dose curve: `effect` is in placebo standard deviations, `raw_effect` in score."""
+    dose = next(d for d in measured.doses if d.strength == measured.chosen)
+    return {
+        "effect": measured.in_placebo_sd, "raw_effect": measured.effect, "interval": list(measured.interval),
+        "placebo_mean": measured.placebo_mean, "placebo_sd": measured.placebo_sd,
+        "n_placebo": len(measured.placebo_effects), "strength": measured.chosen, "kl": dose.kl,
+        "kl_budget": measured.kl_budget, "nll": measured.nll, "unsteered_nll": measured.unsteered_nll,
+        "distinct2": measured.distinct2, "unsteered_distinct2": measured.unsteered_distinct2,
+        "doses": [asdict(d) for d in measured.doses],
+        "texts": [{"prompt": x.prompt, "unsteered": x.unsteered, "steered": x.steered} for x in measured.samples],
+    }  # fmt: skip

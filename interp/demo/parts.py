@@ -255,7 +255,7 @@ def steering(job: Job, probed: Probed, decomposed: Decomposed | None) -> Steered
     job.say("      by the direction, beside 20 random ones")
     measured = effects(job.model, probed.direction, **common)
     same = cached_equals_uncached(
-        job.model, add(probed.direction, measured.strength), STEER_PROMPTS[:4], max_new_tokens=16
+        job.model, add(probed.direction, measured.chosen), STEER_PROMPTS[:4], max_new_tokens=16
     )
     if decomposed is None:
         raise LeftOut("there is no autoencoder to take a latent from")
@@ -320,5 +320,3 @@ def topics(job: Job, n: int = 240) -> Mapped:
         points=drawn.points, explained=drawn.explained.tolist(), labels=labels, texts=sentences,
         quality=map_quality(x, drawn.points, labels, seed=job.seed),
     )  # fmt: skip
-
-
