@@ -1,6 +1,7 @@
 """Splits, nulls and intervals that respect groups: rows that share a template, a document or a pair stay together."""
 
 from collections.abc import Sequence
+from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -90,9 +91,9 @@ def auroc_interval(
     if holds.shape[1] >= FEW_GROUPS:
         low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
         return float(low), float(high)
-    from scipy.stats import t
+    from scipy.special import stdtrit
 
-    half = float(t.ppf((1 + level) / 2, fewest - 1)) * float(drawn.std()) * (fewest / (fewest - 1)) ** 0.5
+    half = float(stdtrit(fewest - 1, (1 + level) / 2)) * float(drawn.std()) * (fewest / (fewest - 1)) ** 0.5
     centre = auroc(values, labels)
     return max(0.0, centre - half), min(1.0, centre + half)
 
@@ -194,9 +195,7 @@ def _weighted_auroc(
 
 def _newcombe(area: float, n_positive: int, n_negative: int, level: float) -> tuple[float, float]:
     """Solve |area - x| = z * sqrt(V(x)) for x on either side by bisection."""
-    from scipy.stats import norm
-
-    z2 = float(norm.ppf((1 + level) / 2)) ** 2
+    z2 = NormalDist().inv_cdf((1 + level) / 2) ** 2
     mean_n = (n_positive + n_negative) / 2
 
     def outside(x: float) -> bool:

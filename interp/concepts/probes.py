@@ -99,11 +99,13 @@ def logistic(rows: Tensor, labels: np.ndarray, C: float) -> tuple[Tensor, float]
     undivided they point elsewhere whenever coordinates differ in variance. C is the inverse penalty of scikit-learn.
     """
     from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits
 
     X = rows.double().numpy()
     mean, deviation = X.mean(0), X.std(0)
     deviation[deviation <= 1e-12 * np.abs(mean).clip(min=1e-30)] = 1.0  # a constant coordinate: standardises to 0
-    fit = LogisticRegression(C=C, max_iter=5000).fit((X - mean) / deviation, labels)
+    with threadpool_limits(1, "blas"):  # many small products: threads that wait for each other take 20 times as long
+        fit = LogisticRegression(C=C, max_iter=5000).fit((X - mean) / deviation, labels)
     weight = fit.coef_[0] / deviation
     return torch.from_numpy(weight), float(fit.intercept_[0] - weight @ mean)
 

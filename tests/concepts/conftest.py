@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
 IDS = {"vocab_size": 100, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": False}
 SIZE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 64, **IDS}
 GATED = {"intermediate_size": 64, "num_key_value_heads": 2, **SIZE}
@@ -19,7 +20,6 @@ def make(family, seed=0, **changes):
     """Return a random model in evaluation mode with weights large enough that its text does not repeat one token."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    torch.set_num_threads(1)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**{**FAMILIES[family], **changes}))

@@ -111,6 +111,17 @@ def test_every_condition_equals_prompting_one_by_one(result, model, planted):
     assert result.placebo_effects[0] == pytest.approx(np.mean(first))
 
 
+def test_every_dose_equals_steering_the_dev_prompts_one_by_one(result, model, planted):
+    plain = count_good([model.generate([p], 8)[0] for p in DEV])
+    seen = []
+    for dose in result.doses:
+        with steer(model, add(planted, dose.strength)):
+            texts = [model.generate([p], 8)[0] for p in DEV]
+        assert dose.effect == pytest.approx(np.mean(count_good(texts)) - np.mean(plain))
+        seen.append(dose.effect)
+    assert len(set(seen)) > 2, "equal doses would hide a wrong order"
+
+
 def test_placebos_do_not_depend_on_how_many_share_a_batch(result, model, planted, monkeypatch):
     monkeypatch.setattr(module, "ROWS", 20)
     again = effects(
