@@ -19,7 +19,7 @@ class SAEConfig:
     d_sae: int
     """Number of latents."""
 
-    k: float
+    k: int | float
     """Mean number of active latents a token (L0) that is asked for."""
 
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -42,29 +42,29 @@ class TrainConfig:
     batch_size: int = 2048
     """Tokens a step; the source gives the batches, this number sizes what is counted in tokens."""
 
-    lr: float | None = None
+    lr: int | float | None = None
     """Peak learning rate of Adam; None: see resolve."""
 
-    warmup: float = 0.05
+    warmup: int | float = 0.05
     """Share of the steps in which the learning rate rises linearly from 0."""
 
-    decay: float = 0.3
+    decay: int | float = 0.3
     """Share of the steps, at the end, in which it falls linearly to 0."""
 
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[int | float, int | float] = (0.9, 0.999)
     """Adam's decay rates of the first and second moment."""
 
-    clip: float = 1.0
+    clip: int | float = 1.0
     """Largest norm of the whole gradient; the loss is scale-free, so this is too."""
 
-    aux_weight: float = 1 / 32
+    aux_weight: int | float = 1 / 32
     """Weight of AuxK: the share of the residual that the dead latents leave unexplained."""
 
     aux_k: int | None = None
     """Dead latents that may speak for one token in AuxK; None: half of d_in."""
 
     dead_after: int | None = None
-    """Tokens without firing after which a latent counts as dead; None: min(10 M, 5 % of the run)."""
+    """Tokens without firing after which a latent counts as dead; None: min(10 M, 5 % of the run), at least 10 batches."""
 
     init_tokens: int = 65_536
     """Tokens, from the start of the source, that give mean and variance, and calibrate the threshold at the end."""
@@ -84,10 +84,10 @@ class TrainConfig:
 
     def resolve(self, d_in: int, d_sae: int) -> "TrainConfig":
         """Return a copy in which nothing is left open, for an SAE of that shape."""
-        tokens = self.steps * self.batch_size
+        dead_after = max(10 * self.batch_size, min(10_000_000, self.steps * self.batch_size // 20))
         return replace(
             self,
             lr=self.lr if self.lr is not None else 2e-4 / (d_sae / 2**14) ** 0.5,
             aux_k=self.aux_k if self.aux_k is not None else max(1, d_in // 2),
-            dead_after=self.dead_after if self.dead_after is not None else max(1, min(10_000_000, tokens // 20)),
+            dead_after=self.dead_after if self.dead_after is not None else dead_after,
         )

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Bool, Shaped
 from torch import Tensor
 
 from sae.extras import MissingError
 from sae.io import FormatError, load_tensors
 
-__all__ = ["load_array", "rebatched", "shuffled"]
+__all__ = ["held_out_mask", "load_array", "rebatched", "shuffled"]
 
 
 def load_array(source: "Tensor | np.ndarray | str | Path") -> Shaped[Tensor, "tok d_in"]:
@@ -32,6 +32,19 @@ def load_array(source: "Tensor | np.ndarray | str | Path") -> Shaped[Tensor, "to
     if not bool(torch.isfinite(rows).all()):
         raise ValueError("the activations hold nan or infinity; drop those rows first")
     return rows
+
+
+def held_out_mask(n_rows: int, *, share: float = 0.05, stripe: int = 256) -> Bool[Tensor, " tok"]:
+    """Return which rows are kept out of training: stripes of neighbouring rows, spread evenly, at most 65,536 rows.
+
+    Neighbours mostly belong to one document, so that stripes hold what training has not seen; single rows would not.
+    """
+    count = max(1, min(65_536, int(n_rows * share)) // stripe)
+    mask = torch.zeros(n_rows, dtype=torch.bool)
+    if n_rows >= stripe / share:
+        for begin in torch.linspace(0, n_rows - stripe, count).long().tolist():
+            mask[begin : begin + stripe] = True
+    return mask
 
 
 def shuffled(

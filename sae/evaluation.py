@@ -48,7 +48,7 @@ class Evaluation:
             raise KeyError(f"there is no metric {name!r}; there are: {', '.join(DEFINITIONS)}, density")
         return getattr(self, name)
 
-    def as_dict(self) -> dict[str, float]:
+    def as_dict(self) -> dict[str, int | float]:
         """Return the metrics by name, without the density of each latent."""
         return {name: getattr(self, name) for name in DEFINITIONS}
 

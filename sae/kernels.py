@@ -33,7 +33,7 @@ def active_from(flat: Int[Tensor, " n"], shape: tuple[int, int]) -> Active:
     return Active(flat, flat - rows * width, _starts(rows, tokens), shape)
 
 
-def largest(pre: Float[Tensor, "tok d_sae"], n: int, guess: float = 0.0) -> Int[Tensor, " n_kept"]:
+def largest(pre: Float[Tensor, "tok d_sae"], n: int, guess: int | float = 0.0) -> Int[Tensor, " n_kept"]:
     """Return the flattened positions, ascending, of the n largest entries of a batch, among the positive ones.
 
     On the CPU this compares with a threshold and sorts the few survivors, which is exact whatever the guess: where too
@@ -47,6 +47,8 @@ def largest(pre: Float[Tensor, "tok d_sae"], n: int, guess: float = 0.0) -> Int[
     at = np.flatnonzero(array > 0.95 * guess)
     if len(at) < n and guess > 0:
         at = np.flatnonzero(array > 0)
+    if n == 0:
+        at = at[:0]
     if len(at) > n:
         values = array[at]
         cut = np.partition(values, len(at) - n)[len(at) - n]

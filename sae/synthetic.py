@@ -49,11 +49,11 @@ def planted(
     *,
     d_in: int,
     n_features: int,
-    active: float = 8.0,
-    exponent: float = 0.5,
-    spread: float = 0.5,
-    offset: float = 0.3,
-    noise: float = 0.02,
+    active: int | float = 8.0,
+    exponent: int | float = 0.5,
+    spread: int | float = 0.5,
+    offset: int | float = 0.3,
+    noise: int | float = 0.02,
     seed: int,
 ) -> Planted:
     """Return a world of n_features random unit directions, `active` of them on a token on average.

@@ -22,7 +22,7 @@ from torch import Tensor
 from sae.archs import build
 from sae.archs.base import SAE
 from sae.config import TrainConfig
-from sae.data import load_array, rebatched, shuffled
+from sae.data import held_out_mask, load_array, rebatched, shuffled
 from sae.formats import load_sae, save_sae
 from sae.io import read_json, write_json
 from sae.kernels import decode_active, encode_active
@@ -70,35 +70,40 @@ class Step:
         """Share of latents that have not fired in the last dead_after tokens."""
         return float(self.tensors["dead"])
 
-    def as_dict(self) -> dict[str, float]:
+    def as_dict(self) -> dict[str, int | float]:
         """Return every number of this step."""
         return {name: getattr(self, name) for name in ("step", "tokens", "loss", "fve", "l0", "dead", "lr", "seconds")}
 
 
-def train(sae: SAE, batches: Iterable[Float[Tensor, "tok d_in"]], cfg: TrainConfig) -> Generator[Step, None, None]:
+def train(
+    sae: SAE,
+    batches: Iterable[Float[Tensor, "_ d_in"]],
+    cfg: TrainConfig,
+    *,
+    held_out: Float[Tensor, "held d_in"] | None = None,
+) -> Generator[Step, None, None]:
     """Train an SAE in place on batches [tok, d_in], and yield a Step after every optimiser step.
 
     Logging, saving and stopping belong to the caller. When the steps are done, or the caller stops, the threshold is
-    calibrated (on the first init_tokens) so that the mean L0 at inference is k. Raises ValueError where there is
-    nothing to learn from, FloatingPointError where loss or weights stop being finite. Order, formulas: Gao et al.
-    (arXiv:2406.04093), Bussmann et al. (arXiv:2412.06410).
+    calibrated so that the mean L0 at inference is k: on held_out, else on the first init_tokens. Tokens that have been
+    trained on several times excite fewer latents than new ones do, so a source of several epochs wants held_out.
+    Raises ValueError where there is nothing to learn from, FloatingPointError where loss or weights stop being finite.
+    Formulas: Gao et al. (arXiv:2406.04093), Bussmann et al. (arXiv:2412.06410).
     """
     cfg = cfg.resolve(sae.d_in, sae.d_sae)
     source = iter(batches)
     sample = _take(source, cfg.init_tokens, sae)
-    moments = Moments()
-    for batch in sample:
-        moments.add(batch)
-    loop = _Loop(sae, cfg, moments)
+    loop = _Loop(sae, cfg, sample)
+    calibration = sample if held_out is None else [held_out]
     try:
         for batch in chain(list(sample), source):
+            yield loop.advance(batch.to(sae.enc))
             if loop.step == cfg.steps:
                 break
-            yield loop.advance(batch.to(sae.enc))
     except (GeneratorExit, KeyboardInterrupt):  # stopped from outside: leave an SAE that can be used
-        loop.finish(sample)
+        loop.finish(calibration)
         raise
-    loop.finish(sample)
+    loop.finish(calibration)
     if loop.step < cfg.steps:
         warnings.warn(f"the source ended after {loop.step} of {cfg.steps} steps; training stopped there", stacklevel=2)
 
@@ -120,8 +125,11 @@ def _take(source: Iterator[Tensor], tokens: int, sae: SAE) -> list[Tensor]:
 class _Loop:
     """What changes while an SAE is trained."""
 
-    def __init__(self, sae: SAE, cfg: TrainConfig, moments: Moments) -> None:
+    def __init__(self, sae: SAE, cfg: TrainConfig, sample: list[Tensor]) -> None:
         self.sae, self.cfg = sae, cfg
+        moments = Moments()
+        for batch in sample:
+            moments.add(batch)
         value = moments.value()
         if not math.isfinite(value.variance):
             raise ValueError("the activations hold nan or infinity; drop those rows first")
@@ -172,12 +180,12 @@ class _Loop:
         pre = (z - sae.dec_bias.detach()) @ sae.enc[dead].t() + sae.enc_bias[dead]
         return aux_k_loss(error, pre, sae.dec[dead], self.cfg.aux_k)
 
-    def finish(self, sample: list[Tensor]) -> None:
+    def finish(self, calibration: list[Tensor]) -> None:
         """Fold the scale and calibrate the threshold. Raises FloatingPointError for weights that are not finite."""
         if not all(bool(torch.isfinite(p).all()) for p in self.sae.parameters()):
             raise FloatingPointError(f"the weights are no longer finite after {self.step} steps; lower the lr")
         self.sae.fold_scale()
-        self.sae.calibrate(sample)
+        self.sae.calibrate(batch.to(self.sae.enc) for batch in calibration)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +193,7 @@ class Run:
     """A training run and what came of it."""
 
     sae: SAE
-    log: list[dict[str, float]]
+    log: list[dict[str, int | float]]
     """Numbers of the logged steps, the last step always among them."""
     config: dict[str, Any]
     """Everything that was decided or used: what run.json holds."""
@@ -195,12 +203,12 @@ def fit(
     source: Tensor | np.ndarray | str | Path | Iterable[Tensor],
     arch: str = "batchtopk",
     width: int | str = "16x",
-    k: float = 32,
+    k: int | float = 32,
     *,
     steps: int | None = None,
     tokens: int | None = None,
     batch_size: int = 2048,
-    lr: float | None = None,
+    lr: int | float | None = None,
     seed: int = 0,
     out: str | Path | None = None,
     device: str | torch.device | None = None,
@@ -212,7 +220,8 @@ def fit(
     """Train an SAE on activations and return it with its log.
 
     source: a tensor or array [tok, d_in], a .npy or .safetensors file of one, or an iterable of batches. Rows of an
-    array are drawn in a fresh order each epoch; an iterable is read in its order, again and again if it can be.
+    array are drawn in a fresh order each epoch, but for 5 % of them, in stripes, on which the threshold is calibrated.
+    An iterable is read in its order, again and again if it can be.
     width: the number of latents, or a multiple of d_in such as "16x". The length is steps, or tokens (repeats counted),
     else DEFAULT_STEPS. With out, that folder gets the SAE, run.json and metrics.jsonl; an interrupt (Ctrl-C) saves what
     there is, and goes on upwards. Raises ValueError, MissingError or FormatError, before the first step, for what
@@ -220,23 +229,28 @@ def fit(
     """
     if steps is not None and tokens is not None:
         raise ValueError("give steps or tokens, not both")
-    steps = steps or (max(1, tokens // batch_size) if tokens else DEFAULT_STEPS)
+    if steps is None:
+        steps = DEFAULT_STEPS if tokens is None else tokens // batch_size
     cfg = TrainConfig(steps=steps, batch_size=batch_size, lr=lr, seed=seed)
-    batches, first, data = _open(source, batch_size, seed, device)
+    batches, held_out, data = _open(source, batch_size, seed, device)
+    first = next(batches, None)
+    if first is None:
+        raise ValueError(f"the source gave less than one batch of {batch_size} tokens")
+    place = device if device is not None else first.device
     d_in = first.shape[1]
-    sae = build(arch, d_in=d_in, d_sae=_width(width, d_in), k=k, seed=seed, metadata=metadata).to(first.device)
+    sae = build(arch, d_in=d_in, d_sae=_width(width, d_in), k=k, seed=seed, metadata=metadata).to(place)
     cfg = cfg.resolve(sae.d_in, sae.d_sae)
-    log: list[dict[str, float]] = []
+    log: list[dict[str, int | float]] = []
     config = {
         "sae": asdict(sae.config),
         "train": asdict(cfg),
         "data": data,
-        "device": str(first.device),
+        "device": str(place),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
     run = Run(sae=sae, log=log, config=config)
-    stream = train(sae, batches, cfg)
+    stream = train(sae, chain([first], batches), cfg, held_out=held_out)
     try:
         _follow(stream, run, out, log_every, progress, on_step)
     finally:
@@ -257,8 +271,8 @@ def describe(path: str | Path) -> dict[str, Any]:
         "k": sae.config.k,
         "threshold": float(sae.threshold.max()),
         "parameters": sum(p.numel() for p in sae.parameters()),
-        "b_dec_norm": float(sae.b_dec.norm()),
-        "encoder_decoder_cosine": float(F.cosine_similarity(sae.enc, sae.dec, dim=1).mean()),
+        "b_dec_norm": float(sae.b_dec.detach().norm()),
+        "encoder_decoder_cosine": float(F.cosine_similarity(sae.enc, sae.dec, dim=1).detach().mean()),
         "metadata": sae.config.metadata,
         "run": read_json(run) if run.is_file() else None,
     }
@@ -266,22 +280,21 @@ def describe(path: str | Path) -> dict[str, Any]:
 
 def _open(
     source: Any, batch_size: int, seed: int, device: str | torch.device | None
-) -> tuple[Iterator[Tensor], Tensor, dict[str, Any]]:
-    """Return the batches, the first of them, and what is known of the data."""
-    if isinstance(source, Tensor | np.ndarray | str | Path):
-        rows = load_array(source)
-        data = {"tokens": len(rows), "dtype": str(rows.dtype).removeprefix("torch."), "sha256": _fingerprint(rows)}
-        generator = torch.Generator().manual_seed(seed + 0x5AE)  # not the stream that draws the weights
-        batches = shuffled(rows.to(device=device), batch_size, generator)
-    else:
-        data = {"tokens": None, "dtype": None, "sha256": None}
-        batches = rebatched(source, batch_size)
-    first = next(batches, None)
-    if first is None:
-        raise ValueError(f"the source gave less than one batch of {batch_size} tokens")
-    if device is not None:
-        first = first.to(device)
-    return chain([first], batches), first, data
+) -> tuple[Iterator[Tensor], Tensor | None, dict[str, Any]]:
+    """Return the batches, the rows kept out of them, and what is known of the data."""
+    if not isinstance(source, Tensor | np.ndarray | str | Path):
+        return rebatched(source, batch_size), None, {"tokens": None, "held_out": 0, "dtype": None, "sha256": None}
+    rows = load_array(source)
+    held = held_out_mask(len(rows))
+    data = {
+        "tokens": len(rows),
+        "held_out": int(held.sum()),
+        "dtype": str(rows.dtype).removeprefix("torch."),
+        "sha256": _fingerprint(rows),
+    }
+    rows, held = rows.to(device=device), held.to(rows.device if device is None else device)
+    generator = torch.Generator().manual_seed(seed + 0x5AE)  # not the stream that draws the weights
+    return shuffled(rows[~held], batch_size, generator), rows[held] if bool(held.any()) else None, data
 
 
 def _fingerprint(rows: Tensor) -> str:

@@ -12,7 +12,9 @@ __all__ = ["ARCHS", "build"]
 ARCHS: dict[str, type[SAE]] = {"batchtopk": BatchTopK}
 
 
-def build(arch: str, *, d_in: int, d_sae: int, k: float, seed: int = 0, metadata: dict[str, Any] | None = None) -> SAE:
+def build(
+    arch: str, *, d_in: int, d_sae: int, k: int | float, seed: int = 0, metadata: dict[str, Any] | None = None
+) -> SAE:
     """Return an untrained SAE on the CPU, its random directions drawn from seed alone.
 
     Raises ValueError for an architecture that ARCHS does not hold, and for impossible sizes.

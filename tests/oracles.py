@@ -1,0 +1,50 @@
+"""Slow, obvious twins of what the packages compute: numpy and loops, one token at a time."""
+
+from itertools import permutations
+
+import numpy as np
+
+
+def batch_top_k(pre: np.ndarray, n: int) -> np.ndarray:
+    """Return a mask of the n largest positive entries of a batch, found by sorting them all."""
+    order = sorted(np.ndindex(*pre.shape), key=lambda place: -pre[place])
+    mask = np.zeros(pre.shape, dtype=bool)
+    for place in order[:n]:
+        mask[place] = pre[place] > 0
+    return mask
+
+
+def sae_forward(x, W_enc, b_enc, W_dec, b_dec, threshold) -> tuple[np.ndarray, np.ndarray]:
+    """Return reconstruction and latents of a jump-relu SAE, token by token, in float64."""
+    x, W_enc, b_enc, W_dec, b_dec, threshold = (
+        np.asarray(a, float) for a in (x, W_enc, b_enc, W_dec, b_dec, threshold)
+    )
+    latents = np.zeros((len(x), W_enc.shape[1]))
+    for token, row in enumerate(x):
+        for latent in range(W_enc.shape[1]):
+            pre = (row - b_dec) @ W_enc[:, latent] + b_enc[latent]
+            latents[token, latent] = pre if pre > threshold[latent] and pre > 0 else 0.0
+    return np.stack([sum(f * w for f, w in zip(code, W_dec, strict=True)) + b_dec for code in latents]), latents
+
+
+def metrics(x: np.ndarray, recon: np.ndarray, latents: np.ndarray) -> dict[str, float]:
+    """Return the metrics of an SAE by their printed definitions, from all tokens at once."""
+    x, recon = np.asarray(x, float), np.asarray(recon, float)
+    error = ((x - recon) ** 2).sum()
+    fires = latents != 0
+    cosines = [a @ b / (np.linalg.norm(a) * np.linalg.norm(b)) for a, b in zip(x, recon, strict=True)]
+    return {
+        "tokens": len(x),
+        "l0": float(np.mean([row.sum() for row in fires])),
+        "fve": float(1 - error / ((x - x.mean(0)) ** 2).sum()),
+        "nmse": float(error / (x**2).sum()),
+        "cosine": float(np.mean(cosines)),
+        "dead": float(np.mean([not column.any() for column in fires.T])),
+        "dense": float(np.mean([column.mean() > 0.1 for column in fires.T])),
+    }
+
+
+def best_matching(cosines: np.ndarray) -> float:
+    """Return the largest mean of a one-to-one matching of rows to columns (square), by trying all of them."""
+    n = len(cosines)
+    return max(float(np.mean([cosines[i, p[i]] for i in range(n)])) for p in permutations(range(n)))

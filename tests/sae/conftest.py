@@ -1,0 +1,25 @@
+"""What the SAE tests share: the slow oracles and one small planted world."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from sae.synthetic import Planted, planted
+
+
+@pytest.fixture(scope="session")
+def oracles() -> ModuleType:
+    """Return tests/oracles.py."""
+    spec = importlib.util.spec_from_file_location("oracles", Path(__file__).parents[1] / "oracles.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def world() -> Planted:
+    """Return 48 features in 24 dimensions, some 3 of them on a token."""
+    return planted(d_in=24, n_features=48, active=3, seed=1)

@@ -1,0 +1,138 @@
+"""What every architecture must do, and what BatchTopK promises."""
+
+import pytest
+import torch
+
+import sae
+from sae.archs import ARCHS, build
+from sae.archs.base import SAE
+from sae.synthetic import mcc
+
+ARCH = pytest.mark.parametrize("arch", sorted(ARCHS))
+
+
+def teach(x: SAE, world, steps: int = 400, lr: float = 1e-2, **kwargs) -> SAE:
+    for _ in sae.train(x, world.batches(256, seed=11), sae.TrainConfig(steps=steps, batch_size=256, lr=lr, **kwargs)):
+        pass
+    return x
+
+
+@ARCH
+def test_every_arch_learns_the_planted_dictionary(arch, world):
+    x = build(arch, d_in=24, d_sae=64, k=3, seed=5)
+    acts, _ = world.sample(8192, seed=12)
+    before, fve_before = mcc(x.W_dec, world.features), sae.evaluate(x, acts).fve
+    teach(x, world)
+    after = sae.evaluate(x, acts)
+    assert before < 0.6 and fve_before < 0.6
+    assert mcc(x.W_dec, world.features) > 0.9 and after.fve > 0.8
+    assert after.l0 == pytest.approx(3, rel=0.05)
+
+
+@ARCH
+def test_the_public_weights_give_the_output_and_have_the_public_orientation(arch, world, oracles):
+    x = teach(build(arch, d_in=24, d_sae=64, k=3, seed=5), world, steps=20)
+    assert x.W_enc.shape == (24, 64) and x.W_dec.shape == (64, 24) and x.threshold.shape == (64,)
+    acts, _ = world.sample(30, seed=12)
+    weights = [getattr(x, n).detach() for n in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")]
+    recon, latents = oracles.sae_forward(acts, *weights)
+    out = x(acts)
+    torch.testing.assert_close(out.latents.detach().double(), torch.from_numpy(latents), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out.recon.detach().double(), torch.from_numpy(recon), rtol=1e-4, atol=1e-5)
+
+
+@ARCH
+def test_a_token_s_latents_do_not_depend_on_its_neighbours_or_on_the_shape(arch, world):
+    x = teach(build(arch, d_in=24, d_sae=64, k=3, seed=5), world, steps=20)
+    acts, _ = world.sample(24, seed=12)
+    whole = x.encode(acts)
+    torch.testing.assert_close(x.encode(acts.view(2, 3, 4, 24)).reshape(24, 64), whole)
+    torch.testing.assert_close(torch.cat([x.encode(row[None]) for row in acts]), whole)
+
+
+@ARCH
+def test_seeds_reproduce_bits(arch, world):
+    one, two = (teach(build(arch, d_in=24, d_sae=64, k=3, seed=5), world, steps=30) for _ in range(2))
+    other = teach(build(arch, d_in=24, d_sae=64, k=3, seed=6), world, steps=30)
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, two.state_dict()[name])
+    assert not torch.equal(one.W_dec, other.W_dec)
+
+
+@ARCH
+def test_a_model_and_a_world_of_the_same_seed_share_no_draw(arch):
+    from sae.synthetic import planted
+
+    world = planted(d_in=24, n_features=64, seed=5)
+    x = build(arch, d_in=24, d_sae=64, k=3, seed=5)
+    assert mcc(x.W_dec, world.features) < 0.7
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+def test_training_does_not_depend_on_the_unit_of_the_data(world, scale):
+    # scales a power of two apart give the same bits; others fall between two powers, and learn as well
+    x = build("batchtopk", d_in=24, d_sae=64, k=3, seed=5)
+    batches = (batch * scale for batch in world.batches(256, seed=11))
+    for _ in sae.train(x, batches, sae.TrainConfig(steps=400, batch_size=256, lr=1e-2)):
+        pass
+    result = sae.evaluate(x, world.sample(4096, seed=12)[0] * scale)
+    assert result.fve > 0.8 and result.l0 == pytest.approx(3, rel=0.05)
+    torch.testing.assert_close(x.W_dec.norm(dim=1), torch.ones(64))
+
+
+def test_powers_of_two_change_no_bit(world):
+    trained = []
+    for scale in (1.0, 2.0**-20):
+        x = build("batchtopk", d_in=24, d_sae=64, k=3, seed=5)
+        for _ in sae.train(x, (b * scale for b in world.batches(256, seed=11)), sae.TrainConfig(steps=20)):
+            pass
+        trained.append(x)
+    assert torch.equal(trained[0].W_enc, trained[1].W_enc)
+    assert torch.equal(trained[0].b_dec * 2.0**-20, trained[1].b_dec)
+    assert torch.equal(trained[0].threshold * 2.0**-20, trained[1].threshold)
+
+
+def test_folding_the_training_scale_changes_no_bit_of_the_output(world):
+    x = build("batchtopk", d_in=24, d_sae=64, k=3, seed=5)
+    acts = world.sample(512, seed=12)[0] / 37
+    stream = sae.train(x, acts.split(64), sae.TrainConfig(steps=8, lr=1e-2))
+    next(stream)
+    x.cut.fill_(0.3)
+    before = x(acts)
+    assert float(x.scale) != 1
+    x.fold_scale()
+    assert float(x.scale) == 1
+    for ours, theirs in zip(x(acts), before, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("k", [1, 2.5, 7])
+def test_the_calibrated_threshold_gives_exactly_the_l0_that_was_asked_for(world, k):
+    x = build("batchtopk", d_in=24, d_sae=64, k=k, seed=5)
+    acts, _ = world.sample(1000, seed=12)
+    assert sae.evaluate(x, acts).l0 > 8  # before: plain relu
+    x.centre(acts.mean(0), 3.0)
+    x.calibrate(acts.split(300))
+    assert sae.evaluate(x, acts).l0 == pytest.approx(k, abs=1e-9)
+    x.calibrate(acts[:500].split(77))  # again, from a threshold that is there already
+    assert sae.evaluate(x, acts[:500]).l0 == pytest.approx(k, abs=1e-9)
+
+
+def test_the_threshold_is_strict_and_never_below_zero():
+    x = build("batchtopk", d_in=4, d_sae=4, k=2, seed=0)
+    with torch.no_grad():
+        x.enc.copy_(torch.eye(4))
+        x.cut.fill_(1.0)
+    assert x.encode(torch.tensor([[0.5, 1.0, 1.0000001, 3.0]])).tolist() == [[0, 0, pytest.approx(1.0000001), 3]]
+    x.calibrate([torch.tensor([[-1.0, -2.0, -3.0, 4.0]])])  # one positive where two are wanted
+    assert float(x.threshold.max()) == 0 and float((x.encode(torch.full((1, 4), -1.0)) != 0).sum()) == 0
+
+
+def test_what_cannot_be_built_or_read_says_so():
+    with pytest.raises(ValueError, match="closest: batchtopk"):
+        build("batchtop", d_in=4, d_sae=8, k=2)
+    for sizes in ({"d_in": 0}, {"k": 0}, {"k": 9}):
+        with pytest.raises(ValueError, match=r"at least 1|above 0"):
+            build("batchtopk", **({"d_in": 4, "d_sae": 8, "k": 2} | sizes))
+    with pytest.raises(ValueError, match="width 4; the batch has width 5"):
+        build("batchtopk", d_in=4, d_sae=8, k=2)(torch.ones(3, 5))
