@@ -148,8 +148,7 @@ def effects(
     Raises NoUsableStrengthError where no strength other than 0 is within the budget, ValueError for options that mean
     nothing, DirectionError as `steer` does, MissingError without a tokenizer.
     """
-    model = as_model(model)
-    need_tokenizer(model.tokenizer)
+    need_tokenizer((model := as_model(model)).tokenizer)
     direction = direction.for_model(model, force=force)
     strengths = [float(s) for s in strengths]
     prompts, dev = _split(prompts, dev_prompts)
@@ -159,11 +158,7 @@ def effects(
     plain_dev = write(dev, None)
     neutral = list(neutral_texts or [p + t for p, t in zip(dev, plain_dev.texts, strict=True)])
     doses = _dose_curve(model, direction, strengths, dev, plain_dev, neutral, write, positions, kl_budget)
-    usable = [d.strength for d in doses if d.usable]
-    if not usable:
-        tried = ", ".join(f"{d.strength:g}: {d.kl:.3g}" for d in doses)
-        raise NoUsableStrengthError(f"no strength stays within a KL of {kl_budget:g} nats a token ({tried})", doses)
-    chosen = max(usable, key=abs)
+    chosen = _choose(doses, kl_budget)
 
     plain, steered = write(prompts, None), write(prompts, add(direction, chosen, positions))
     placebos = _placebos(direction, n_placebo, chosen, prompts, write, positions, seed)
@@ -185,6 +180,15 @@ def effects(
         seed=seed,
         direction=direction,
     )
+
+
+def _choose(doses: tuple[Dose, ...], kl_budget: float) -> float:
+    """Return the largest usable strength, by size."""
+    usable = [d.strength for d in doses if d.usable]
+    if not usable:
+        tried = ", ".join(f"{d.strength:g}: {d.kl:.3g}" for d in doses)
+        raise NoUsableStrengthError(f"no strength stays within a KL of {kl_budget:g} nats a token ({tried})", doses)
+    return max(usable, key=abs)
 
 
 def _sample(i: int, prompt: str, plain: _Written, steered: _Written, placebos: list[_Written]) -> Sample:
