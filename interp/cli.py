@@ -86,7 +86,7 @@ def concept(
 
     texts = [_lines(positive), _lines(negative)]
     loaded = load_model(model, device=device)
-    name = loaded.hook_point(hook or f"resid_post.{loaded.n_layers // 2}").name
+    name = loaded.hook_point(hook or f"resid_post.{(loaded.n_layers - 1) // 2}").name
     rows = pool(capture_acts(loaded, texts[0] + texts[1], [name]), name, "mean")
     labels = [1] * len(texts[0]) + [0] * len(texts[1])
     direction = fit_direction(rows, labels, hook=name, model=loaded)

@@ -89,7 +89,7 @@ def test_concept_then_steer_changes_the_text(folder: Path, monkeypatch: pytest.M
     ]
     assert call(argv, monkeypatch) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["n"] == 6 and found["hook"] == "blocks.3.hook_resid_post"
+    assert found["n"] == 6 and found["hook"] == "blocks.2.hook_resid_post"
     texts = {}
     for strength in ("0", "0.8"):
         argv = ["interp", "steer", "tiny", "--vector", "d.safetensors", "--strength", strength, "--json"]

@@ -19,7 +19,7 @@ from interp.acts.capture import capture_acts, pool
 from interp.concepts.effects import NoUsableStrengthError, effects
 from interp.concepts.probes import evaluate_probe
 from interp.data import generator
-from interp.demo.parts import KL_BUDGET, STEER_PROMPTS, STRENGTHS
+from interp.demo.parts import DEV_PROMPTS, KL_BUDGET, STRENGTHS, TEST_PROMPTS
 
 HERE = Path(__file__).parent
 N = 400
@@ -56,7 +56,7 @@ def read(model: Any) -> list[dict[str, Any]]:
 
 def steer(model: Any) -> dict[str, Any]:
     """Return the effect of the mean difference at the middle layer beside 20 random directions of equal norm."""
-    hook = model.hook_point(f"resid_post.{model.n_layers // 2}").name
+    hook = model.hook_point(f"resid_post.{(model.n_layers - 1) // 2}").name
     train = generator.labelled("sentiment", split="train", words="a", n=N, seed=SEED)
     rows = pool(capture_acts(model, train.texts, [hook]), hook, "mean")
     direction = interp.fit_direction(rows, labels(train), hook=hook, model=model)
@@ -64,11 +64,11 @@ def steer(model: Any) -> dict[str, Any]:
 
     def score(texts: list[str]) -> list[float]:
         filled = [text if text.strip() else "." for text in texts]
-        return reader.decision(pool(capture_acts(model, filled, [hook]), hook, "mean")).tolist()
+        return torch.sigmoid(reader.decision(pool(capture_acts(model, filled, [hook]), hook, "mean"))).tolist()
 
     try:
         moved = effects(
-            model, direction, STEER_PROMPTS[::2], dev_prompts=STEER_PROMPTS[1::2], strengths=STRENGTHS, score=score,
+            model, direction, TEST_PROMPTS, dev_prompts=DEV_PROMPTS, strengths=STRENGTHS, score=score,
             n_placebo=20, neutral_texts=generator.sample_texts(24, seed=9_000 + SEED), kl_budget=KL_BUDGET, seed=SEED,
         )  # fmt: skip
     except NoUsableStrengthError as error:

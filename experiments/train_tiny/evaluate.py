@@ -124,7 +124,7 @@ def main() -> None:
     text = (args.text / "tinystories" / "valid_v1_head.txt").read_text(encoding="utf8")[:CHARACTERS]
     model = interp.load_model(args.model, dtype=torch.float32)
     null = untrained(model)
-    hook = f"resid_post.{model.n_layers // 2}"
+    hook = f"resid_post.{(model.n_layers - 1) // 2}"
     continued = model.generate(list(PROMPTS), max_new_tokens=50)
     result = {
         "parameters": sum(p.numel() for p in model.hf.parameters()),

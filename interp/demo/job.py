@@ -38,7 +38,7 @@ def run_demo(
     """
     began = time.perf_counter()
     loaded = load_model(model, device=device)
-    name = loaded.hook_point(hook or f"resid_post.{loaded.n_layers // 2}").name
+    name = loaded.hook_point(hook or f"resid_post.{(loaded.n_layers - 1) // 2}").name
     job = parts.Job(model=loaded, hook=name, seed=seed, say=say)
     seconds: dict[str, float] = {"load": time.perf_counter() - began}
     left_out: dict[str, str] = {}

@@ -200,31 +200,31 @@ def steering(moved: Steered) -> Section:
             Figure(
                 figures.dose_curve(
                     [d.strength for d in doses], [d.effect for d in doses], kl=[d.kl for d in doses],
-                    kl_budget=shown.kl_budget, chosen=shown.chosen, effect_name="change in sentiment score",
+                    kl_budget=shown.kl_budget, chosen=shown.chosen, effect_name="change in the probability of positive",
                 ),
                 "On the prompts that the strength was chosen on; the cost is on neutral text.",
             ),
             Figure(
                 figures.placebo_strip(
                     shown.effect, shown.placebo_effects, interval=shown.interval, z=shown.in_placebo_sd,
-                    effect_name="change in sentiment score",
+                    effect_name="change in the probability of positive",
                 ),
                 "On other prompts, at the chosen strength.",
             ),
             Table(columns, rows, "The direction, and the autoencoder's latent whose decoder row lies closest to it"),
-            SideBySide(["unsteered", "steered"], samples, "Greedy continuations, KV cache on"),
+            SideBySide(["unsteered", "steered"], samples[:8], "Greedy continuations, KV cache on"),
             SideBySide(["unsteered", "steered by the latent"], by_latent[:3], f"The same with latent {moved.latent}"),
         ],
         lead="The difference between the mean residuals of positive and negative sentences is added to the stream at "
         "every token of prompt and answer but BOS. The strength is the largest whose cost on neutral text stays within "
-        f"{KL_BUDGET:g} nats a token, found on other prompts. The score is the probe's, reading the new text alone "
+        f"{KL_BUDGET:g} nats a token, found on other prompts. The score is the probability of positive that the probe gives, reading the new text alone "
         "through the unsteered model.",
     )  # fmt: skip
 
 
 def _texts(sample: Sample) -> tuple[str, Reply, Reply]:
-    unsteered = Reply(sample.unsteered, f"score {sample.unsteered_score:.1f}")
-    return sample.prompt, unsteered, Reply(sample.steered, f"score {sample.steered_score:.1f}")
+    unsteered = Reply(sample.unsteered, f"positive: {sample.unsteered_score:.2f}")
+    return sample.prompt, unsteered, Reply(sample.steered, f"positive: {sample.steered_score:.2f}")
 
 
 def _effect_row(name: str, shown: Any) -> list[Any]:

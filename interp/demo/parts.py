@@ -33,10 +33,22 @@ GAP = "\n\n"  # between documents
 LEAST_TOKENS = 20_000
 EXPRESSIONS = ("king - man + woman", "paris - france + germany", "walked - walk + run")
 SUBJECTS = ("movie", "party", "cake", "story", "song", "garden", "room", "game", "hotel", "dinner", "book", "trip")
-STEER_PROMPTS = tuple(f"{name} went to see the {noun}. It was" for noun, name in zip(
-    SUBJECTS, ("Tom", "Lily", "Ben", "Mia", "Max", "Sue") * 2, strict=True))  # fmt: skip
-STRENGTHS = (0.0, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)
-KL_BUDGET = 0.5  # nats a token, on neutral text
+# a sad beginning: left alone the model goes on sadly, so that there is something to change
+FRAMES = (
+    "{name} felt sad because the {noun} was",
+    "{name} cried. The {noun} was",
+    "The {noun} was bad, and everybody cried. {name} thought it was",
+    "{name} went home and cried. {name} said that the {noun} was",
+)
+STEER_PROMPTS = tuple(
+    frame.format(name=name, noun=noun)
+    for frame in FRAMES
+    for noun, name in zip(SUBJECTS, ("Tom", "Lily", "Ben", "Mia", "Max", "Sue") * 2, strict=True)
+)
+DEV_PROMPTS = STEER_PROMPTS[::3]  # the strength is chosen on these, and reported on the others
+TEST_PROMPTS = tuple(prompt for prompt in STEER_PROMPTS if prompt not in DEV_PROMPTS)
+STRENGTHS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4)
+KL_BUDGET = 0.05  # nats a token, on neutral text
 MIN_PAIRS = 6  # of a relation, both words one token each
 
 
@@ -180,7 +192,7 @@ def _joined(parts: Iterable[Acts]) -> Acts:
     )  # fmt: skip
 
 
-def decompose(job: Job, captured: Captured, *, steps: int, k: float = 32, width: str = "16x") -> Decomposed:
+def decompose(job: Job, captured: Captured, *, steps: int, k: float = 31, width: str = "16x") -> Decomposed:
     """Train a BatchTopK autoencoder and measure it on held-out documents."""
     import time
 
@@ -217,7 +229,7 @@ def vectors(job: Job, texts: Sequence[str]) -> Float[Tensor, "n d"]:
     return pool(capture_acts(job.model, texts, [job.hook]), job.hook, "mean")
 
 
-def probe(job: Job, n: int = 400) -> Probed:
+def probe(job: Job, n: int = 600) -> Probed:
     """Find the sentiment direction, and probe it on sentence templates that neither model nor probe has seen."""
     train = generator.labelled("sentiment", split="train", words="a", n=n, seed=job.seed)
     rows, labels = vectors(job, train.texts), [int(label == "positive") for label in train.labels]
@@ -228,7 +240,7 @@ def probe(job: Job, n: int = 400) -> Probed:
         truth = [int(label == "positive") for label in test.labels]
         x = vectors(job, test.texts)
         results[half] = evaluate_probe(
-            rows, labels, x, truth, groups_train=train.templates, groups_test=test.templates, C=0.05, n_shuffles=20,
+            rows, labels, x, truth, groups_train=train.templates, groups_test=test.templates, C=0.05, n_shuffles=50,
             seed=job.seed, hook=name, model=job.model,
         )  # fmt: skip
         if half == "a":
@@ -245,11 +257,12 @@ def steering(job: Job, probed: Probed, decomposed: Decomposed | None) -> Steered
 
     def read_sentiment(texts: Sequence[str]) -> list[float]:
         # a probe trained on labelled sentences reads the generated text through the unsteered model
-        return reader.decision(vectors(job, [text if text.strip() else "." for text in texts])).tolist()
+        filled = [text if text.strip() else "." for text in texts]
+        return torch.sigmoid(reader.decision(vectors(job, filled))).tolist()
 
     neutral = generator.sample_texts(24, seed=9_000 + job.seed)
     common: dict[str, Any] = {
-        "prompts": STEER_PROMPTS[::2], "dev_prompts": STEER_PROMPTS[1::2], "strengths": STRENGTHS,
+        "prompts": TEST_PROMPTS, "dev_prompts": DEV_PROMPTS, "strengths": STRENGTHS,
         "score": read_sentiment, "n_placebo": 20, "neutral_texts": neutral, "kl_budget": KL_BUDGET, "seed": job.seed,
     }  # fmt: skip
     job.say("      by the direction, beside 20 random ones")

@@ -51,9 +51,7 @@ def in_vocabulary(words: list[str], vocabulary: dict[str, int]) -> list[str]:
     return found
 
 
-def layer_answers(
-    model: "Model", positive: list[str], negative: list[str], *, top: int = 3
-) -> list[dict[str, Any]]:
+def layer_answers(model: "Model", positive: list[str], negative: list[str], *, top: int = 3) -> list[dict[str, Any]]:
     """Return, for the embedding and every block's output, the best answers of positive - negative words.
 
     Candidates are all whole words of the vocabulary, read alone after BOS and centred at each layer. `answers` leaves
