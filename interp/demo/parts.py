@@ -220,7 +220,7 @@ def decompose(job: Job, captured: Captured, *, steps: int, k: float = 31, width:
         splice=ce_recovered(job.model, run.sae, job.hook, windows.ids, windows.mask),
         dead=float((~alive).float().mean()), tokens_seen=len(rows) + len(held), table=table,
         examples=top_examples(job.model, run.sae, captured.train, job.hook, table=table, n_latents=12, n_examples=4,
-                              max_density=0.05, window=WINDOW),
+                              max_density=0.01, window=WINDOW),
     )  # fmt: skip
 
 
