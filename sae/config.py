@@ -43,7 +43,7 @@ class TrainConfig:
     """Tokens a step; the source gives the batches, this number sizes what is counted in tokens."""
 
     lr: int | float | None = None
-    """Peak learning rate of Adam; None: see resolve."""
+    """Peak learning rate of Adam; None: by length of the run and width, see resolve."""
 
     warmup: int | float = 0.05
     """Share of the steps in which the learning rate rises linearly from 0."""
@@ -64,7 +64,7 @@ class TrainConfig:
     """Dead latents that may speak for one token in AuxK; None: half of d_in."""
 
     dead_after: int | None = None
-    """Tokens without firing after which a latent counts as dead; None: min(10 M, 5 % of the run), at least 10 batches."""
+    """Tokens without firing that make a latent dead; None: min(10 M, 5 % of the run), at least 10 batches."""
 
     init_tokens: int = 65_536
     """Tokens, from the start of the source, that give mean and variance, and calibrate the threshold at the end."""
@@ -83,11 +83,17 @@ class TrainConfig:
             raise ValueError(f"lr is {self.lr}; it must be above 0")
 
     def resolve(self, d_in: int, d_sae: int) -> "TrainConfig":
-        """Return a copy in which nothing is left open, for an SAE of that shape."""
+        """Return a copy in which nothing is left open, for an SAE of that shape.
+
+        The learning rate is 2e-4 / sqrt(d_sae / 2^14) (Gao et al.) for runs of 60,000 steps and more; shorter ones get
+        more, with the inverse root of their length, up to 6e-3: with 700 steps and 3,072 latents 3e-3 and 6e-3 reach
+        FVE .963 and .967 on held-out activations of a language model, 1e-2 .958, and 1e-3 is far behind.
+        """
+        lr = min(6e-3, 2e-4 / (d_sae / 2**14) ** 0.5 * max(1.0, (60_000 / self.steps) ** 0.5))
         dead_after = max(10 * self.batch_size, min(10_000_000, self.steps * self.batch_size // 20))
         return replace(
             self,
-            lr=self.lr if self.lr is not None else 2e-4 / (d_sae / 2**14) ** 0.5,
+            lr=self.lr if self.lr is not None else lr,
             aux_k=self.aux_k if self.aux_k is not None else max(1, d_in // 2),
             dead_after=self.dead_after if self.dead_after is not None else dead_after,
         )

@@ -2,18 +2,22 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.archs.base import SAE
+from sae.data import load_array
+from sae.formats import load_sae
+from sae.kernels import decode_active
 from sae.stats import Moments
 
-__all__ = ["DEFINITIONS", "Evaluation", "Tally", "evaluate"]
+__all__ = ["DEFINITIONS", "Evaluation", "Tally", "evaluate", "evaluate_saved"]
 
 DEFINITIONS: Mapping[str, str] = MappingProxyType(
     {
@@ -70,15 +74,18 @@ class Tally:
         self,
         x: Float[Tensor, "tok d_in"],
         recon: Float[Tensor, "tok d_in"],
-        latents: Float[Tensor, "tok d_sae"],
+        fired: Int[Tensor, " d_sae"],
     ) -> "Tally":
-        """Take in a batch; returns self. Raises ValueError for values that are not finite."""
+        """Take in a batch, fired being the number of its tokens on which each latent is active; returns self.
+
+        Raises ValueError for values that are not finite.
+        """
         x, recon = x.double(), recon.double()
         error, power = float((x - recon).square().sum()), float(x.square().sum())
         if not (error < float("inf") and power < float("inf")):  # nan fails too
             raise ValueError("the activations or their reconstruction hold nan or infinity")
         self.tokens += len(x)
-        self.fired += (latents != 0).sum(0).cpu()
+        self.fired += fired.cpu()
         self.error, self.power = self.error + error, self.power + power
         self.cosine += float(F.cosine_similarity(x, recon, dim=1).sum())
         self.moments.add(x)
@@ -124,7 +131,14 @@ def evaluate(sae: SAE, batches: Tensor | Iterable[Tensor]) -> Evaluation:
     for batch in [batches] if isinstance(batches, Tensor) else batches:
         if batch.ndim != 2:
             raise ValueError(f"a batch is [tok, d_in]; given: shape {tuple(batch.shape)}")
-        for part in batch.split(4096):
+        for part in batch.split(2048):
             x = part.to(sae.enc)
-            tally.add(x, *sae(x))
+            values, active = sae.encode_sparse(x)
+            recon = decode_active(values, active, sae.dec) + sae.b_dec
+            tally.add(x, recon, torch.bincount(active.cols, minlength=sae.d_sae))
     return tally.value()
+
+
+def evaluate_saved(run: str | Path, data: str | Path) -> Evaluation:
+    """Return the metrics of a saved SAE on a file of activations (.npy or .safetensors): `sae eval RUN DATA`."""
+    return evaluate(load_sae(run), load_array(data))

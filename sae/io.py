@@ -155,9 +155,10 @@ def _check_entry(path: Path, name: str, entry: object) -> None:
     if not _NAME.fullmatch(name) or ".." in name:
         raise FormatError(f"{path}: tensor name {name!r} is not allowed")
     shape = entry.get("shape") if isinstance(entry, dict) else None
-    whole = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
+    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+        raise FormatError(f"{path}: tensor {name!r} has no usable shape")
     # max(n, 1): a shape such as (2^40, 0) holds no byte, yet what is computed from its width would not fit anywhere
-    if not whole or len(shape) > MAX_DIMS or math.prod(max(n, 1) for n in shape) > MAX_FILE_BYTES:
+    if len(shape) > MAX_DIMS or math.prod(max(n, 1) for n in shape) > MAX_FILE_BYTES:
         raise FormatError(f"{path}: tensor {name!r} has no usable shape")
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["Active", "active_from", "decode_active", "dense_forward", "encode_active", "largest"]
+__all__ = ["Active", "above", "active_from", "decode_active", "dense_forward", "encode_active", "largest"]
 
 
 class Active(NamedTuple):
@@ -57,6 +57,14 @@ def largest(pre: Float[Tensor, "tok d_sae"], n: int, guess: int | float = 0.0) -
         above[ties] = True
         at = at[above]
     return torch.from_numpy(at)
+
+
+def above(pre: Float[Tensor, "tok d_sae"], threshold: Float[Tensor, " d_sae"]) -> Int[Tensor, " n_kept"]:
+    """Return the flattened positions, ascending, of the entries that exceed their latent's threshold."""
+    mask = (pre.detach() > threshold.detach()).flatten()
+    if mask.device.type != "cpu":
+        return mask.nonzero().squeeze(1)
+    return torch.from_numpy(np.flatnonzero(mask.numpy()))
 
 
 def encode_active(

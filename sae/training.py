@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import sys
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -30,7 +31,7 @@ from sae.losses import aux_k_loss, reconstruction_loss
 from sae.optim import Optimiser
 from sae.stats import Moments
 
-DEFAULT_STEPS = 1500
+DEFAULT_STEPS = 600
 
 __all__ = ["DEFAULT_STEPS", "Run", "Step", "describe", "fit", "train"]
 
@@ -95,13 +96,15 @@ def train(
     sample = _take(source, cfg.init_tokens, sae)
     loop = _Loop(sae, cfg, sample)
     calibration = sample if held_out is None else [held_out]
+    finalizing = sys.is_finalizing  # held here: when the interpreter goes down, globals may be gone before generators
     try:
         for batch in chain(list(sample), source):
             yield loop.advance(batch.to(sae.enc))
             if loop.step == cfg.steps:
                 break
     except (GeneratorExit, KeyboardInterrupt):  # stopped from outside: leave an SAE that can be used
-        loop.finish(calibration)
+        if not finalizing():
+            loop.finish(calibration)
         raise
     loop.finish(calibration)
     if loop.step < cfg.steps:
@@ -298,7 +301,7 @@ def _open(
 
 
 def _fingerprint(rows: Tensor) -> str:
-    return hashlib.sha256(rows.detach().cpu().contiguous().view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(rows.detach().cpu().contiguous().view(torch.uint8).numpy().data).hexdigest()
 
 
 def _width(width: int | str, d_in: int) -> int:

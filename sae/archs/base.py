@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae.config import SAEConfig
+from sae.kernels import Active, above, active_from
 
 __all__ = ["SAE", "Output"]
 
@@ -96,6 +97,13 @@ class SAE(nn.Module):
         """Return the latents of each token, none below zero."""
         pre = self.pre_activations(x)
         return F.relu(pre) * (pre > self.threshold)
+
+    @torch.no_grad()
+    def encode_sparse(self, x: Float[Tensor, "tok d_in"]) -> tuple[Float[Tensor, " n"], Active]:
+        """Return the values of the active latents alone, and where they are: what `encode` gives, without the zeros."""
+        pre = self.pre_activations(x)
+        flat = above(pre, self.threshold)
+        return pre.view(-1)[flat], active_from(flat, (pre.shape[0], pre.shape[1]))
 
     def decode(self, latents: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
         """Return latents W_dec + b_dec."""

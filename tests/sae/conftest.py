@@ -5,8 +5,18 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from sae.synthetic import Planted, planted
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Run on one thread: these tensors are too small for two, which only wait for each other on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

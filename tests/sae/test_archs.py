@@ -51,6 +51,16 @@ def test_a_token_s_latents_do_not_depend_on_its_neighbours_or_on_the_shape(arch,
 
 
 @ARCH
+def test_sparse_latents_are_the_dense_ones_without_the_zeros(arch, world):
+    x = teach(build(arch, d_in=24, d_sae=64, k=3, seed=5), world, steps=20)
+    acts, _ = world.sample(50, seed=12)
+    values, active = x.encode_sparse(acts)
+    dense = torch.zeros(50, 64).flatten()
+    dense[active.flat] = values
+    assert torch.equal(dense.view(50, 64), x.encode(acts).detach()) and 50 < len(values) < 500
+
+
+@ARCH
 def test_seeds_reproduce_bits(arch, world):
     one, two = (teach(build(arch, d_in=24, d_sae=64, k=3, seed=5), world, steps=30) for _ in range(2))
     other = teach(build(arch, d_in=24, d_sae=64, k=3, seed=6), world, steps=30)
@@ -68,7 +78,7 @@ def test_a_model_and_a_world_of_the_same_seed_share_no_draw(arch):
     assert mcc(x.W_dec, world.features) < 0.7
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+@pytest.mark.parametrize("scale", [1e-3, 1e4])
 def test_training_does_not_depend_on_the_unit_of_the_data(world, scale):
     # scales a power of two apart give the same bits; others fall between two powers, and learn as well
     x = build("batchtopk", d_in=24, d_sae=64, k=3, seed=5)

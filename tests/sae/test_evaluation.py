@@ -51,20 +51,20 @@ def test_how_the_tokens_are_cut_into_batches_does_not_matter(cuts):
 def test_merged_tallies_equal_one_tally():
     acts, recon, latents = tokens(), tokens() + 0.1, torch.randn(60, 20).relu()
     one, other = Tally(20), Tally(20)
-    one.add(acts[:7], recon[:7], latents[:7])
-    other.add(acts[7:], recon[7:], latents[7:])
-    whole = Tally(20).add(acts, recon, latents)
+    one.add(acts[:7], recon[:7], (latents[:7] != 0).sum(0))
+    other.add(acts[7:], recon[7:], (latents[7:] != 0).sum(0))
+    whole = Tally(20).add(acts, recon, (latents != 0).sum(0))
     assert one.merge(other).value().as_dict() == pytest.approx(whole.value().as_dict(), rel=1e-9)
 
 
 def test_fve_sees_a_constant_bias_and_uses_one_mean_for_all_batches():
     acts = torch.cat([torch.randn(50, 4) + 10, torch.randn(50, 4) - 10])
-    none = torch.zeros(50, 1)
+    none = torch.zeros(1, dtype=torch.long)
     tally = Tally(1)
     for half in acts.split(50):
         tally.add(half, half.mean(0).expand(50, 4), none)
     assert tally.value().fve == pytest.approx(1 - 1 / 101, abs=0.005)  # about each batch's own mean it would be 0
-    biased = Tally(1).add(acts, acts + 20, torch.zeros(100, 1)).value()
+    biased = Tally(1).add(acts, acts + 20, none).value()
     assert biased.fve == pytest.approx(1 - 400 / 101, rel=0.1)
 
 

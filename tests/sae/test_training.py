@@ -10,6 +10,7 @@ import torch
 import sae
 from sae.config import TrainConfig
 from sae.data import held_out_mask, rebatched, shuffled
+from sae.evaluation import evaluate_saved
 from sae.formats import save_sae
 from sae.io import FormatError, read_json
 from sae.losses import aux_k_loss, reconstruction_loss
@@ -183,6 +184,9 @@ def test_fit_trains_saves_and_logs_and_the_same_seed_gives_the_same_bits(tmp_pat
     assert saved["train"] == json.loads(json.dumps(run.config["train"])) and saved["last"] == run.log[-1]
     assert saved["data"]["tokens"] == 8192 and saved["data"]["sha256"] == again.config["data"]["sha256"]
     assert torch.equal(sae.load_sae(tmp_path / "a").W_dec, run.sae.W_dec)
+    np.save(tmp_path / "x.npy", acts.numpy())
+    measured = evaluate_saved(tmp_path / "a", tmp_path / "x.npy")
+    assert measured.as_dict() == sae.evaluate(run.sae, acts).as_dict() and measured.tokens == 8192
     info = describe(tmp_path / "a")
     assert (info["d_in"], info["d_sae"], info["k"]) == (24, 72, 3) and info["run"] == saved
     assert info["metadata"] == {"hook_name": "resid_post.2"}
