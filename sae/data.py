@@ -31,7 +31,7 @@ def load_array(source: "Tensor | np.ndarray | str | Path") -> Shaped[Tensor, "to
         raise ValueError(f"activations are floating-point numbers; given: {rows.dtype}")
     if not bool(torch.isfinite(rows).all()):
         raise ValueError("the activations hold nan or infinity; drop those rows first")
-    return rows
+    return rows.detach()
 
 
 def held_out_mask(n_rows: int, *, share: float = 0.05, stripe: int = 256) -> Bool[Tensor, " tok"]:

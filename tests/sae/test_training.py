@@ -14,7 +14,7 @@ from sae.evaluation import evaluate_saved
 from sae.formats import save_sae
 from sae.io import FormatError, read_json
 from sae.losses import aux_k_loss, reconstruction_loss
-from sae.optim import lr_share, remove_parallel
+from sae.optim import Optimiser, lr_share, remove_parallel
 from sae.training import Step, describe, fit, train
 
 CFG = TrainConfig(steps=10, batch_size=128, lr=1e-2)
@@ -253,3 +253,30 @@ def test_fit_refuses_before_the_first_step(tmp_path, world):
     with pytest.raises(FormatError):
         fit(tmp_path / "x.npy")
     assert not (tmp_path / "never").exists()
+
+
+def test_aux_k_asks_nothing_of_the_latents_that_left_the_residual():
+    residual = torch.randn(5, 4).requires_grad_()
+    pre = torch.randn(5, 3).requires_grad_()
+    aux_k_loss(residual, pre, torch.randn(3, 4), 2).backward()
+    assert residual.grad is None and float(pre.grad.abs().max()) > 0
+
+
+def test_a_gradient_along_the_decoder_rows_moves_nothing_and_leaves_no_momentum():
+    x = fresh()
+    before = x.dec.detach().clone()
+    optimiser = Optimiser(list(x.parameters()), x.dec, CFG.resolve(24, 64))
+    for parameter in x.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    x.dec.grad = 5 * before
+    optimiser.step(5)
+    assert float(optimiser.adam.state[x.dec]["exp_avg"].abs().max()) < 1e-6
+
+
+def test_rows_that_are_held_out_do_not_teach(world):
+    acts = world.sample(6000, seed=2)[0]
+    held = held_out_mask(6000)
+    mixed = acts.clone()
+    mixed[held] += 1000  # a mean that nobody could miss
+    run = fit(mixed, width=64, k=3, steps=1, batch_size=128, lr=1e-9)
+    torch.testing.assert_close(run.sae.b_dec.detach(), acts[~held].mean(0), rtol=0.05, atol=0.05)
