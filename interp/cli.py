@@ -219,6 +219,8 @@ def _run(application: typer.Typer) -> None:
     sys.argv[1:] = [arg for arg in sys.argv[1:] if arg != "--debug"]
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # threads that spin at barriers slow each other tenfold on a busy machine; read when torch is loaded
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         application()
     except KeyboardInterrupt:

@@ -17,7 +17,7 @@ CASES: list[tuple[str, int, list[str], str]] = [
     ("no such model", 3, ["interp", "analogy", "no/such-model", "a", "-", "b", "+", "c"], "no/such-model"),
     ("unknown word", 1, ["interp", "analogy", "tiny", "qqqzzzxxq", "-", "man", "+", "woman"], "qqqzzzxxq"),
     ("no expression", 1, ["interp", "analogy", "tiny", "king", "-", "man", "woman"], "woman"),
-    ("unknown hook point", 2, ["interp", "demo", "--hook", "resid_pst.1", "--out", "x"], "resid_post.1"),
+    ("unknown hook point", 2, ["interp", "demo", "--hook", "resid_pst.1", "--out", "x"], "blocks.1.hook_resid_post"),
     ("layer too high", 2, ["interp", "demo", "--hook", "resid_post.99", "--out", "x"], "resid_post"),
     ("no such text", 3, ["interp", "demo", "--dataset", "text:no-such.txt", "--out", "x"], "no-such.txt"),
     ("empty text", 1, ["interp", "demo", "--dataset", "text:empty.txt", "--out", "x"], "empty.txt"),

@@ -12,12 +12,14 @@ import math
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import interp
 from interp.acts.capture import capture_acts, pool
-from interp.concepts.probes import evaluate_probe
+from interp.acts.resampling import auroc, grouped_folds
+from interp.concepts.probes import evaluate_probe, fit_probe
 from interp.data import generator, lists
 from interp.space.analogy import choose_and_score
 from interp.space.words import layer_spaces, whole_words
@@ -31,7 +33,7 @@ PROMPTS = (
     "The capital of France is",
     "It was raining, so the children",
 )
-PROBE_N = 480
+PROBE_N, PROBE_CS = 600, (0.01, 0.1)  # sentences; inverse penalties to choose from
 
 
 def bits_per_character(model, text: str) -> float:
@@ -80,31 +82,46 @@ def analogies(model) -> dict:
     return out
 
 
-def vectors(model, data: generator.Labelled, hook: str) -> torch.Tensor:
-    return pool(capture_acts(model, data.texts, [hook]), hook, "mean")
-
-
 def binary(data: generator.Labelled, label: str) -> list[int]:
     return [int(found == label) for found in data.labels]
 
 
-def probes(model, hook: str) -> dict:
-    """Return AUROC on held-out templates, with words the probe has seen and with words it has not."""
+def inner_score(x: torch.Tensor, data: generator.Labelled, classes: list[str], c: float) -> float:
+    """Return the mean AUROC over folds of the training templates: what layer and penalty are chosen by."""
+    scores = []
+    for train, test in grouped_folds(data.templates, 5, seed=0):
+        for label in classes:
+            y = np.array(binary(data, label))
+            probe = fit_probe(x[train], y[train], C=c)
+            scores.append(auroc(probe.decision(x[test]), y[test]))
+    return sum(scores) / len(scores)
+
+
+def probes(model) -> dict:
+    """Return AUROC on held-out templates, with words the probe has seen and with words it has not.
+
+    Layer and penalty are chosen by folds of the training templates, so no test sentence has a part in it.
+    """
     out = {}
+    hooks = [f"resid_post.{layer}" for layer in range(model.n_layers)]
     for attribute in generator.LABELLED:
         train = generator.labelled(attribute, split="train", words="a", n=PROBE_N)
-        x_train = vectors(model, train, hook)
-        out[attribute] = {}
+        acts = capture_acts(model, train.texts, hooks)
+        kinds = sorted(set(train.labels))
+        classes = kinds if len(kinds) > 2 else kinds[:1]
+        pooled = {hook: pool(acts, hook) for hook in hooks}
+        scores = {(h, c): inner_score(pooled[h], train, classes, c) for h in hooks for c in PROBE_CS}
+        hook, strength = max(scores, key=lambda cell: scores[cell])
+        out[attribute] = {"layer": hook, "C": strength}
         for name, half in (("seen_words", "a"), ("unseen_words", "b")):
             test = generator.labelled(attribute, split="held_out", words=half, n=PROBE_N, seed=1)
-            x_test = vectors(model, test, hook)
-            classes = sorted(set(train.labels))
+            x_test = pool(capture_acts(model, test.texts, [hook]), hook)
             results = [
                 evaluate_probe(
-                    x_train, binary(train, c), x_test, binary(test, c),
-                    groups_train=train.templates, groups_test=test.templates, C=0.05,
+                    pooled[hook], binary(train, k), x_test, binary(test, k), groups_train=train.templates,
+                    groups_test=test.templates, C=strength, n_shuffles=100,
                 )
-                for c in (classes if len(classes) > 2 else classes[:1])
+                for k in classes
             ]  # fmt: skip
             out[attribute][name] = {
                 key: sum(getattr(r, key) for r in results) / len(results)
@@ -124,14 +141,13 @@ def main() -> None:
     text = (args.text / "tinystories" / "valid_v1_head.txt").read_text(encoding="utf8")[:CHARACTERS]
     model = interp.load_model(args.model, dtype=torch.float32)
     null = untrained(model)
-    hook = f"resid_post.{(model.n_layers - 1) // 2}"
     continued = model.generate(list(PROMPTS), max_new_tokens=50)
     result = {
         "parameters": sum(p.numel() for p in model.hf.parameters()),
         "bits_per_character": {"tiny": bits_per_character(model, text), "untrained": bits_per_character(null, text)},
         "greedy": dict(zip(PROMPTS, continued, strict=True)),
         "analogies": {"tiny": analogies(model), "untrained": analogies(null)},
-        "probes": {"hook": hook, "tiny": probes(model, hook), "untrained": probes(null, hook)},
+        "probes": {"tiny": probes(model), "untrained": probes(null)},
         "versions": {"torch": torch.__version__},
     }
     if args.peer:

@@ -206,7 +206,7 @@ def _word_half(table_name: str, half: str) -> list[dict[str, str]]:
 
 
 def labelled(attribute: str, *, split: str = "train", words: str = "all", n: int = 400, seed: int = 0) -> Labelled:
-    """Return `n` labelled sentences of one attribute, labels balanced.
+    """Return `n` labelled sentences of one attribute, labels balanced within every template (but for the last).
 
     `split`: "train" uses the templates that training documents use, "held_out" those that they never use.
     `words`: "all", or one of the disjoint halves "a" and "b" of the concept's words.
@@ -220,9 +220,14 @@ def labelled(attribute: str, *, split: str = "train", words: str = "all", n: int
     spec, rows = ATTRIBUTES[attribute], _word_half(ATTRIBUTES[attribute].table, words)
     allowed = {row[label] for row in rows for label in spec.labels} if attribute == "topic" else set()
     choices = [i for i in range(len(templates(attribute))) if is_held_out(i) == (split == "held_out")]
+    template = choices[0]
     out = Labelled(attribute=attribute, texts=[], labels=[], templates=[], words=[])
     for i in range(n):
-        label, template = spec.labels[i % len(spec.labels)], rng.choice(choices)
+        label = spec.labels[i % len(spec.labels)]
+        if (
+            label == spec.labels[0]
+        ):  # every label once a template: labels shuffled within templates are then a fair null
+            template = rng.choice(choices)
         slots = _names(rng) | spec.fill(rng, rng.choice(rows), label)
         if allowed:  # both words of a topic sentence come from the half asked for
             slots["b"] = rng.choice([w for w in topic_words()[label] if w in allowed and w != slots["a"]])

@@ -16,7 +16,7 @@ from interp.model.loading import load_model
 from interp.report.pages import write_report
 from sae.io import write_json
 
-SAE_STEPS = 600
+SAE_STEPS = 250
 VERSIONS = ("interp", "torch", "transformers", "transformer-lens", "numpy", "scikit-learn", "plotly")
 
 

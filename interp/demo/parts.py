@@ -81,7 +81,7 @@ class Decomposed:
     """An autoencoder of the stream, and what it is worth on documents that it has not seen."""
 
     sae: Any
-    log: list[dict[str, float]]
+    log: list[dict[str, Any]]
     seconds: float
     evaluation: Any  # sae.Evaluation on held-out documents
     splice: SpliceLoss
@@ -192,7 +192,7 @@ def _joined(parts: Iterable[Acts]) -> Acts:
     )  # fmt: skip
 
 
-def decompose(job: Job, captured: Captured, *, steps: int, k: float = 31, width: str = "16x") -> Decomposed:
+def decompose(job: Job, captured: Captured, *, steps: int, k: float = 31.0, width: str = "16x") -> Decomposed:
     """Train a BatchTopK autoencoder and measure it on held-out documents."""
     import time
 
@@ -263,7 +263,7 @@ def steering(job: Job, probed: Probed, decomposed: Decomposed | None) -> Steered
     neutral = generator.sample_texts(24, seed=9_000 + job.seed)
     common: dict[str, Any] = {
         "prompts": TEST_PROMPTS, "dev_prompts": DEV_PROMPTS, "strengths": STRENGTHS,
-        "score": read_sentiment, "n_placebo": 20, "neutral_texts": neutral, "kl_budget": KL_BUDGET, "seed": job.seed,
+        "score": read_sentiment, "n_placebo": 20, "neutral_texts": neutral, "kl_budget": KL_BUDGET, "seed": job.seed, "max_new_tokens": 16,
     }  # fmt: skip
     job.say("      by the direction, beside 20 random ones")
     measured = effects(job.model, probed.direction, **common)

@@ -134,9 +134,8 @@ class LatentScan:
     @torch.no_grad()
     def _take(self, x: Tensor, windows: Tensor) -> None:
         """Count whole windows, and merge the best token of each into the running lists."""
-        latents = self.sae.encode(x)
-        token, latent = latents.nonzero(as_tuple=True)  # the one pass over all of them: few are not zero
-        value = latents[token, latent]
+        value, active = self.sae.encode_sparse(x)
+        token, latent = torch.div(active.flat, self.sae.d_sae, rounding_mode="floor"), active.cols
         self._fired += torch.bincount(latent, minlength=self.sae.d_sae)
         self._squares.index_add_(0, latent, value.double().square())
         enters = value > self._values[latent, -1]  # after the first batches next to none

@@ -34,6 +34,14 @@ def test_labels_are_balanced_and_say_which_word_was_used(attribute: str):
 
 
 @pytest.mark.parametrize("attribute", generator.LABELLED)
+def test_labels_are_balanced_within_every_template(attribute: str):
+    data = generator.labelled(attribute, n=300)
+    for template in set(data.templates):
+        counts = Counter(x for x, t in zip(data.labels, data.templates, strict=True) if t == template)
+        assert len(counts) == len(set(data.labels)) and len(set(counts.values())) == 1
+
+
+@pytest.mark.parametrize("attribute", generator.LABELLED)
 def test_held_out_sentences_share_no_template_with_training(attribute: str):
     groups = [set(generator.labelled(attribute, split=split, n=300).templates) for split in ("train", "held_out")]
     assert groups[0] and groups[1] and not groups[0] & groups[1]

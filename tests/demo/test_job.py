@@ -30,7 +30,7 @@ def test_the_figures_stand_above_their_nulls(ran: tuple[dict[str, Any], Path]):
     sae, probe, steer, analogy, drawn = (result[k] for k in ("sae", "probe", "steer", "analogy", "map"))
     assert sae["fve"] > 0.4 and 20 < sae["l0"] < 40 and sae["ce_recovered"] > 0.5
     assert sae["losses"]["ce_clean"] < sae["losses"]["ce_spliced"] < sae["losses"]["ce_mean"]
-    assert probe["auroc"] > 0.9 and 0.4 < probe["control"] < 0.6 and len(probe["control_scores"]) == 20
+    assert probe["auroc"] > 0.9 and 0.4 < probe["control"] < 0.6 and len(probe["control_scores"]) >= 20
     assert steer["n_placebo"] == 20 and steer["effect"] > 3 and steer["cached_equals_uncached"] is True
     assert steer["kl"] <= steer["kl_budget"]
     assert analogy["accuracy"] > 0.6 > analogy["only_b"] and analogy["honest"] < analogy["accuracy"]
