@@ -33,7 +33,7 @@ PROMPTS = (
     "The capital of France is",
     "It was raining, so the children",
 )
-PROBE_N, PROBE_CS = 600, (0.01, 0.1)  # sentences; inverse penalties to choose from
+PROBE_N, PROBE_CS = 1500, (0.003, 0.03)  # sentences; inverse penalties to choose from
 
 
 def bits_per_character(model, text: str) -> float:

@@ -263,7 +263,8 @@ def steering(job: Job, probed: Probed, decomposed: Decomposed | None) -> Steered
     neutral = generator.sample_texts(24, seed=9_000 + job.seed)
     common: dict[str, Any] = {
         "prompts": TEST_PROMPTS, "dev_prompts": DEV_PROMPTS, "strengths": STRENGTHS,
-        "score": read_sentiment, "n_placebo": 20, "neutral_texts": neutral, "kl_budget": KL_BUDGET, "seed": job.seed, "max_new_tokens": 16,
+        "score": read_sentiment, "n_placebo": 20, "neutral_texts": neutral, "kl_budget": KL_BUDGET, "seed": job.seed,
+        "max_new_tokens": 16,
     }  # fmt: skip
     job.say("      by the direction, beside 20 random ones")
     measured = effects(job.model, probed.direction, **common)
