@@ -79,7 +79,7 @@ def concept(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Find a concept's direction: the mean difference of two sets of texts, last tokens' mean over each text."""
+    """Find a concept's direction: the difference between the mean residuals of two sets of texts."""
     from interp.acts.capture import capture_acts, pool
     from interp.concepts.finders import fit_direction
     from interp.model.loading import load_model

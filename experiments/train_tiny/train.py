@@ -160,7 +160,7 @@ def main() -> None:
     state = {"step": 0, "best": float("inf"), "seconds": 0.0}
     rng, kept = np.random.default_rng(args.seed + 1), args.work / "state.pt"
     if kept.is_file():
-        held = torch.load(kept, weights_only=False)  # our own file
+        held = torch.load(kept, weights_only=True)
         model.load_state_dict(held["model"])
         average.load_state_dict(held["average"])
         for opt, values in zip(opts, held["opts"], strict=True):
@@ -195,13 +195,13 @@ def main() -> None:
         swap(model, average)  # the compiled pass belongs to `model`
         dev = dev_loss(model, streams["dev"], args.device)
         swap(model, average)
+        if dev < state["best"]:
+            state["best"] = dev
+            export(average, args.out)
         line = {**state, "loss": total, "dev": dev}
         print(line, flush=True)
         log.write(json.dumps(line) + "\n")
         log.flush()
-        if dev < state["best"]:
-            state["best"] = dev
-            export(average, args.out)
         held = {"model": model.state_dict(), "average": average.state_dict(), "opts": [o.state_dict() for o in opts],
                 "rng": rng.bit_generator.state, "torch_rng": torch.get_rng_state(), "state": state}  # fmt: skip
         torch.save(held, kept.with_suffix(".new"))

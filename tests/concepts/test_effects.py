@@ -85,9 +85,9 @@ def test_the_damage_equals_a_slow_sum_over_the_texts(model, planted):
         with steer(model, add(planted, 0.7)):
             moved = model.hf(ids).logits[0].log_softmax(-1)
         for t in range(1, ids.shape[1]):  # BOS predicts too, but is not steered and not counted
-            kls.append(float((base[t].exp() * (base[t] - moved[t])).sum()))
+            kls.append((base[t].exp() * (base[t] - moved[t])).sum().item())
             if t + 1 < ids.shape[1]:
-                extras.append(float(base[t, ids[0, t + 1]] - moved[t, ids[0, t + 1]]))
+                extras.append((base[t, ids[0, t + 1]] - moved[t, ids[0, t + 1]]).item())
     kl, extra = damage(model, planted, [0.7], NEUTRAL)[0]
     assert kl == pytest.approx(np.mean(kls), rel=1e-4) and extra == pytest.approx(np.mean(extras), rel=1e-4)
 

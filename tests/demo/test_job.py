@@ -46,6 +46,27 @@ def test_the_page_is_one_offline_file(ran: tuple[dict[str, Any], Path]):
     assert page.count('id="plot-') >= 8
 
 
+@pytest.mark.browser
+def test_the_page_draws_in_a_browser_in_silence(ran: tuple[dict[str, Any], Path], browser: Any):
+    address = (ran[1] / "report.html").as_uri()
+    page = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()
+    requests, said = [], []
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.goto(address, timeout=120_000)
+    plots = page.evaluate("document.querySelectorAll('.plot').length")
+    assert plots >= 8
+    for _ in range(300):
+        drawn = page.evaluate("document.querySelectorAll('.plot .main-svg .xtick').length > 0")
+        if drawn and page.evaluate("[...document.querySelectorAll('.plot')].every(p => p.querySelector('.main-svg'))"):
+            break
+        page.wait_for_timeout(100)
+    else:
+        raise AssertionError("a figure was not drawn")
+    assert (requests, said) == ([address], [])
+
+
 @pytest.mark.shared
 def test_a_model_without_the_words_leaves_parts_out_and_says_so(
     shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,7 +1,5 @@
 """The page in a real browser: silent network and console, figures drawn, tokens reached by keyboard, printed whole."""
 
-import os
-import shutil
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,15 +8,6 @@ import pytest
 from interp.report.pages import Page, Section, Text, write_page
 
 pytestmark = pytest.mark.browser
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 PLOTS = "[...document.querySelectorAll('.plot')]"
 DRAWN = f"{PLOTS}.filter(p => p.querySelector('.main-svg .xtick, .main-svg .ytick')).length"
 OUTSIDE = """
@@ -49,19 +38,6 @@ class Visit:
     page: Any
     requests: list = field(default_factory=list)
     said: list = field(default_factory=list)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
-    path = os.environ.get("INTERP_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-    if not path:
-        pytest.skip("no Chromium: install one, or set INTERP_CHROMIUM to its path")
-    with playwright.sync_playwright() as p:
-        # launch() makes a fresh profile folder of its own and removes it
-        running = p.chromium.launch(executable_path=path, args=FLAGS)
-        yield running
-        running.close()
 
 
 @pytest.fixture(scope="module")
