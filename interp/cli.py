@@ -185,12 +185,9 @@ def sae_eval(
     as_json: Json = False,
 ) -> None:
     """Measure an autoencoder on activations; every number with its definition."""
-    from sae.data import load_array
-    from sae.evaluation import evaluate
-    from sae.formats import load_sae
+    from sae.evaluation import evaluate_saved
 
-    loaded = load_sae(run)
-    result = evaluate(loaded, load_array(data).split(8192))
+    result = evaluate_saved(run, data)
     _emit(result.as_dict(), as_json, [str(result)])
 
 

@@ -47,7 +47,7 @@ def run_demo(
         ("capture", f"capture {tokens:,} tokens at {name}", lambda: parts.capture(job, dataset, tokens)),
         ("sae", "train a sparse autoencoder", lambda: parts.decompose(job, found["capture"], steps=SAE_STEPS)),
         ("probe", "find and probe the sentiment direction", lambda: parts.probe(job)),
-        ("steer", "steer generation", lambda: parts.steering(job, found["probe"], found["sae"])),
+        ("steer", "steer generation", lambda: parts.steering(job, found["probe"], found.get("sae"))),
         ("analogy", "answer analogies at every layer", lambda: parts.analogies(job)),
         ("map", "map three topics", lambda: parts.topics(job)),
     ]

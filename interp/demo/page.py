@@ -25,10 +25,10 @@ PAGE_EXAMPLES = 8  # latents shown
 
 def build_page(found: dict[str, Any], result: dict[str, Any]) -> Page:
     """Return the page of the parts that ran; parts left out are named with their reason."""
-    makers = {"sae": autoencoder, "probe": probing, "steer": steering, "analogy": analogies, "map": topic_map}
+    makers = {"sae": _autoencoder, "probe": _probing, "steer": _steering, "analogy": _analogies, "map": _topic_map}
     sections = [make(found[key]) for key, make in makers.items() if key in found]
     if "sae" in found:
-        sections.insert(1, latents(found["sae"]))
+        sections.insert(1, _latents(found["sae"]))
     if left := result["left_out"]:
         rows = [[name, reason] for name, reason in left.items()]
         table = Table(["part", "reason"], rows, "Parts that this model or this text cannot be asked for")
@@ -37,14 +37,14 @@ def build_page(found: dict[str, Any], result: dict[str, Any]) -> Page:
     return Page(
         title=f"What {config['model']} represents",
         kicker=f"{config['hook']}",
-        lead=lead(captured, config),
-        facts=facts(result, found),
-        sections=[*sections, numbers(result)],
+        lead=_lead(captured, config),
+        facts=_facts(result, found),
+        sections=[*sections, _numbers(result)],
         about=config | result["versions"] | {"made": result["made"]},
     )
 
 
-def lead(captured: Captured, config: dict[str, Any]) -> str:
+def _lead(captured: Captured, config: dict[str, Any]) -> str:
     return (
         f"The residual stream at `{config['hook']}` on {len(captured.train):,} tokens of text ({captured.source}; the "
         "first token of every window, BOS, left out), taken apart by a sparse autoencoder, read by a probe, steered, "
@@ -52,7 +52,7 @@ def lead(captured: Captured, config: dict[str, Any]) -> str:
     )
 
 
-def facts(result: dict[str, Any], found: dict[str, Any]) -> list[Fact]:
+def _facts(result: dict[str, Any], found: dict[str, Any]) -> list[Fact]:
     out = []
     if made := result.get("sae"):
         out += [
@@ -85,7 +85,7 @@ def facts(result: dict[str, Any], found: dict[str, Any]) -> list[Fact]:
     return out
 
 
-def autoencoder(made: Decomposed) -> Section:
+def _autoencoder(made: Decomposed) -> Section:
     steps = [row["step"] for row in made.log]
     losses = made.splice.to_dict() | {"recovered_mean": made.splice.recovered}
     null = Column("mean ablation", null=True)
@@ -112,7 +112,7 @@ def autoencoder(made: Decomposed) -> Section:
     )
 
 
-def latents(made: Decomposed) -> Section:
+def _latents(made: Decomposed) -> Section:
     blocks = []
     for shown in made.examples[:PAGE_EXAMPLES]:
         blocks.append(
@@ -133,7 +133,7 @@ def latents(made: Decomposed) -> Section:
     )
 
 
-def probing(read: Probed) -> Section:
+def _probing(read: Probed) -> Section:
     result, scores = read.result, read.scores.numpy()
     positive, negative = (scores[[label == wanted for label in read.labels]] for wanted in (1, 0))
     rows = [
@@ -172,7 +172,7 @@ def _auroc(result: Any) -> Estimate:
     return Estimate(result.auroc, *result.interval)
 
 
-def steering(moved: Steered) -> Section:
+def _steering(moved: Steered) -> Section:
     shown = moved.effects
     doses = shown.doses
     samples = [
@@ -232,7 +232,7 @@ def _effect_row(name: str, shown: Any) -> list[Any]:
     return [name, shown.chosen, effect, shown.placebo_mean, shown.placebo_sd, shown.in_placebo_sd]
 
 
-def analogies(asked: Analogies) -> Section:
+def _analogies(asked: Analogies) -> Section:
     scored = {name: result.total for name, result in asked.arithmetic.scoring.items()}
     aware = {name: result.total for name, result in asked.class_aware.scoring.items()}
     names = list(scored)
@@ -287,7 +287,7 @@ def analogies(asked: Analogies) -> Section:
     )
 
 
-def topic_map(drawn: Mapped) -> Section:
+def _topic_map(drawn: Mapped) -> Section:
     q = drawn.quality
     rows = [
         ["nearest neighbour has the same topic, full space", q.purity_space, q.purity_null],
@@ -310,7 +310,7 @@ def topic_map(drawn: Mapped) -> Section:
     )
 
 
-def numbers(result: dict[str, Any]) -> Section:
+def _numbers(result: dict[str, Any]) -> Section:
     rows: list[list[Any]] = []
     if made := result.get("sae"):
         rows += [["sae.fve", made["fve"], "mean of the stream", 0.0], ["sae.l0", made["l0"], "", None],

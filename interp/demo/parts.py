@@ -11,13 +11,13 @@ from torch import Tensor
 import sae
 from interp.acts.capture import Acts, capture_acts, capture_packed, pool
 from interp.acts.direction import Direction
-from interp.concepts.effects import Effects, effects
+from interp.concepts.effects import Effects, NoUsableStrengthError, effects
 from interp.concepts.finders import fit_direction, latent_direction
 from interp.concepts.probes import ProbeResult, evaluate_probe
 from interp.concepts.steering import add, cached_equals_uncached
 from interp.data import generator, lists
 from interp.features.examples import LatentExamples, LatentTable, scan_acts, top_examples
-from interp.features.splice import SpliceLoss, ce_recovered
+from interp.features.splice import SpliceError, SpliceLoss, ce_recovered
 from interp.model.loading import Model
 from interp.model.tokens import Packed, pack, read_source
 from interp.space.analogy import choose_and_score
@@ -214,10 +214,14 @@ def decompose(job: Job, captured: Captured, *, steps: int, k: float = 31.0, widt
     windows = captured.held_windows
     table = scan_acts(run.sae, captured.train, job.hook, k=6, window=WINDOW)
     evaluation = sae.evaluate(run.sae, held.to(job.model.device).split(8192))
+    try:
+        loss = ce_recovered(job.model, run.sae, job.hook, windows.ids, windows.mask)
+    except SpliceError as error:  # an untrained model loses nothing by ablation
+        raise LeftOut(str(error)) from error
     alive = (table.density.cpu() > 0) | (evaluation.density > 0)
     return Decomposed(
         sae=run.sae, log=run.log, seconds=seconds, evaluation=evaluation,
-        splice=ce_recovered(job.model, run.sae, job.hook, windows.ids, windows.mask),
+        splice=loss,
         dead=float((~alive).float().mean()), tokens_seen=len(rows) + len(held), table=table,
         examples=top_examples(job.model, run.sae, captured.train, job.hook, table=table, n_latents=12, n_examples=4,
                               max_density=0.01, window=WINDOW),
@@ -253,6 +257,8 @@ def probe(job: Job, n: int = 600) -> Probed:
 
 def steering(job: Job, probed: Probed, decomposed: Decomposed | None) -> Steered:
     """Steer generation by the sentiment direction and by a latent, strength chosen on other prompts within a budget."""
+    if decomposed is None:
+        raise LeftOut("there is no autoencoder to take a latent from")
     reader = probed.result.probe
 
     def read_sentiment(texts: Sequence[str]) -> list[float]:
@@ -266,20 +272,23 @@ def steering(job: Job, probed: Probed, decomposed: Decomposed | None) -> Steered
         "score": read_sentiment, "n_placebo": 20, "neutral_texts": neutral, "kl_budget": KL_BUDGET, "seed": job.seed,
         "max_new_tokens": 16,
     }  # fmt: skip
-    job.say("      by the direction, beside 20 random ones")
-    measured = effects(job.model, probed.direction, **common)
-    same = cached_equals_uncached(
-        job.model, add(probed.direction, measured.chosen), STEER_PROMPTS[:4], max_new_tokens=16
-    )
-    if decomposed is None:
-        raise LeftOut("there is no autoencoder to take a latent from")
     latent = sentiment_latent(decomposed, probed)
-    job.say(f"      by latent {latent} of the autoencoder")
-    given = latent_direction(decomposed.sae, latent, probed.direction.hook, job.model)
-    return Steered(
-        effects=measured, cached_equals_uncached=same, latent=latent,
-        latent_effects=effects(job.model, given, **common),
-    )  # fmt: skip
+    by_latent = latent_direction(decomposed.sae, latent, probed.direction.hook, job.model)
+    measured = []
+    for text, direction in (("the direction", probed.direction), (f"latent {latent}", by_latent)):
+        job.say(f"      by {text}, beside 20 random ones")
+        try:
+            measured.append(effects(job.model, direction, **common))
+        except NoUsableStrengthError as error:
+            raise LeftOut(str(error)) from error
+        if not measured[-1].placebo_sd:
+            raise LeftOut(
+                "no random direction changes what the model writes: there is nothing to hold an effect against"
+            )
+    same = cached_equals_uncached(
+        job.model, add(probed.direction, measured[0].chosen), STEER_PROMPTS[:4], max_new_tokens=16
+    )
+    return Steered(effects=measured[0], cached_equals_uncached=same, latent=latent, latent_effects=measured[1])
 
 
 def sentiment_latent(decomposed: Decomposed, probed: Probed) -> int:
