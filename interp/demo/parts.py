@@ -19,7 +19,8 @@ from interp.data import generator, lists
 from interp.features.examples import LatentExamples, LatentTable, scan_acts, top_examples
 from interp.features.splice import SpliceError, SpliceLoss, ce_recovered
 from interp.model.loading import Model
-from interp.model.tokens import Packed, pack, read_source
+from interp.model.sources import read_source
+from interp.model.tokens import Packed, pack
 from interp.space.analogy import choose_and_score
 from interp.space.arithmetic import expression, in_vocabulary, layer_answers
 from interp.space.maps import MapQuality, map_quality, pca_map

@@ -1,19 +1,19 @@
-"""Text to token batches: BOS, padding, masks, packing; and the sources of text."""
+"""Text to token batches: BOS, padding, masks; and documents packed into windows of one length."""
 
-import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import chain, islice
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sae.extras import MissingError
 
-END_OF_TEXT = "<|endoftext|>"
+PACKINGS = ("joined", "masked", "documents")
+CHUNK = 256  # documents encoded in one call of the tokenizer
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,23 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class Packed(TokenBatch):
-    """Full windows of joined documents: which document each token is from (-1: BOS or pad), and where it stands.
+    """Windows of documents: which document each token is from (-1: pad, or a BOS that all share), where it stands.
 
-    `positions` count from 0 at the window's first token (-1: pad): that is what the model sees, since attention runs
-    across the documents of a window.
+    `positions` are those that the model sees (-1: pad). They count from the window's first token where documents are
+    joined and attention runs across them, from each document's first one where they are `masked` from each other.
     """
 
     documents: Int[Tensor, "b t"]
     positions: Int[Tensor, "b t"]
+    masked: bool = False
+
+
+@dataclass(frozen=True)
+class Window:
+    """One row of a packed batch without its pads: token ids, and the document of each (-1: a BOS that all share)."""
+
+    ids: np.ndarray  # int32 [n]
+    documents: np.ndarray  # int32 [n]
 
 
 def need_tokenizer(tokenizer: Any) -> Any:
@@ -47,11 +56,25 @@ def need_tokenizer(tokenizer: Any) -> Any:
 def encode(tokenizer: Any, text: str, *, add_bos: bool = True) -> list[int]:
     """Return the token ids of one text, with the tokenizer's BOS in front if it has one.
 
-    A text that already begins with BOS (a chat template's, say) gets no second one. No other special token is added.
+    A text that already begins with BOS (a chat template's, say) gets no second one, and no other special token is
+    added. A tokenizer without BOS, or with a CLS token, belongs to an encoder or to a model that needs neither: it adds
+    what its own template says ([CLS] and [SEP] for BERT, </s> for T5, nothing for Qwen).
     """
-    ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return encode_many(tokenizer, [text], add_bos=add_bos)[0]
+
+
+def encode_many(tokenizer: Any, texts: Sequence[str], *, add_bos: bool = True) -> list[list[int]]:
+    """Return the token ids of each text by the rule of `encode`; one call of a fast tokenizer."""
     bos = tokenizer.bos_token_id
-    return [bos, *ids] if add_bos and bos is not None and ids[:1] != [bos] else ids
+    template = add_bos and (bos is None or getattr(tokenizer, "cls_token_id", None) is not None)
+    options: dict[str, Any] = {"add_special_tokens": template, "verbose": False}
+    if getattr(tokenizer, "is_fast", False):
+        rows = tokenizer(list(texts), return_attention_mask=False, **options)["input_ids"] if texts else []
+    else:
+        rows = [tokenizer(text, **options)["input_ids"] for text in texts]
+    if not add_bos or template:
+        return [list(ids) for ids in rows]
+    return [list(ids) if ids[:1] == [bos] else [bos, *ids] for ids in rows]
 
 
 def pad_id(tokenizer: Any) -> int:
@@ -102,117 +125,130 @@ def tokenize(
 
 
 def pack(
-    tokenizer: Any, texts: Iterable[str], ctx: int, *, batch_size: int = 32, add_bos: bool = True, separate: bool = True
+    tokenizer: Any,
+    texts: Iterable[Any],
+    ctx: int,
+    *,
+    batch_size: int = 32,
+    add_bos: bool = True,
+    separate: bool = True,
+    packing: str = "joined",
 ) -> Iterator[Packed]:
-    """Yield batches of windows of `ctx` tokens, each one BOS and then joined documents.
+    """Yield batches of `batch_size` windows (see `windows`), padded on the right to `ctx` columns."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    rows = windows(tokenizer, texts, ctx, add_bos=add_bos, separate=separate, packing=packing)
+    special_ids, fill = tokenizer.all_special_ids, pad_id(tokenizer)
+    while taken := list(islice(rows, batch_size)):
+        yield collate(taken, ctx, fill=fill, special_ids=special_ids, masked=packing == "masked")
 
-    For unlabelled text: nothing is lost and nothing padded but the end of the last window. With `separate` the
-    tokenizer's EOS, if it has one, ends each document. The texts are read as they are needed.
-    Raises ValueError for a ctx that leaves no room beside BOS.
+
+def windows(
+    tokenizer: Any,
+    texts: Iterable[Any],
+    ctx: int,
+    *,
+    add_bos: bool = True,
+    separate: bool = True,
+    packing: str = "joined",
+) -> Iterator[Window]:
+    """Yield the documents (texts, or token ids) as windows of at most `ctx` tokens, in order, nothing lost.
+
+    "joined": each window is one BOS and then documents end to end, which see each other; only the last is shorter.
+    "masked": the same, but every document, or part of one, begins with a BOS of its own and is not to see the others.
+    "documents": each document has windows to itself, every one with BOS.
+    With `separate` the tokenizer's EOS, if it has one, ends each document. Texts are read as they are needed.
+    Raises MissingError for texts without a tokenizer, ValueError for a ctx that leaves no room beside BOS.
     """
-    need_tokenizer(tokenizer)
-    bos = tokenizer.bos_token_id if add_bos else None
-    room = ctx - (bos is not None)
-    if room < 1 or batch_size < 1:
-        raise ValueError(f"ctx {ctx} and batch_size {batch_size} leave no room for text")
-    rows: list[list[tuple[int, int]]] = []
-    for row in _windows(tokenizer, texts, room, separate):
-        rows.append(row)
-        if len(rows) == batch_size:
-            yield _packed(rows, ctx, bos, tokenizer)
-            rows = []
-    if rows:
-        yield _packed(rows, ctx, bos, tokenizer)
+    if packing not in PACKINGS:
+        raise ValueError(f"packing is {packing!r}; it must be one of: {', '.join(PACKINGS)}")
+    bos = getattr(tokenizer, "bos_token_id", None) if add_bos else None
+    if ctx < 1 + (bos is not None):
+        raise ValueError(f"ctx {ctx} leaves no room for text beside BOS")
+    end = getattr(tokenizer, "eos_token_id", None) if separate else None
+    documents = _encoded(tokenizer, texts, bos, end, template=add_bos and packing != "joined")
+    return _joined(documents, ctx, bos) if packing == "joined" else _apart(documents, ctx, bos, packing == "masked")
 
 
-def _windows(tokenizer: Any, texts: Iterable[str], room: int, separate: bool) -> Iterator[list[tuple[int, int]]]:
-    """Yield lists of `room` (token id, document) pairs; the last may be shorter."""
-    end = tokenizer.eos_token_id if separate else None
-    waiting: list[tuple[int, int]] = []
-    for document, text in enumerate(texts):
-        ids = encode(tokenizer, text, add_bos=False)
-        if ids and ids[0] == tokenizer.bos_token_id:  # one BOS a window, and that is ours
-            ids = ids[1:]
-        waiting += [(i, document) for i in [*ids, *([] if end is None else [end])]]
-        while len(waiting) >= room:
-            yield waiting[:room]
-            waiting = waiting[room:]
-    if waiting:
-        yield waiting
+def collate(rows: Sequence[Window], ctx: int, *, fill: int, special_ids: Iterable[int], masked: bool = False) -> Packed:
+    """Return windows as one batch of `ctx` columns, padded on the right."""
+    ids = np.full((len(rows), ctx), fill, dtype=np.int64)
+    documents = np.full((len(rows), ctx), -1, dtype=np.int64)
+    positions = np.full((len(rows), ctx), -1, dtype=np.int64)
+    for i, row in enumerate(rows):
+        n = len(row.ids)
+        ids[i, :n], documents[i, :n] = row.ids, row.documents
+        positions[i, :n] = _restarting(row.documents) if masked else np.arange(n)
+    mask = torch.from_numpy(positions >= 0)
+    held = torch.from_numpy(ids)
+    special = special_mask(held, special_ids) & mask
+    return Packed(held, mask, special, torch.from_numpy(documents), torch.from_numpy(positions), masked)
 
 
-def _packed(rows: list[list[tuple[int, int]]], ctx: int, bos: int | None, tokenizer: Any) -> Packed:
-    front = [] if bos is None else [(bos, -1)]
-    full = [front + row for row in rows]
-    batch = pad_rows([[i for i, _ in r] for r in full], fill=pad_id(tokenizer), special_ids=tokenizer.all_special_ids)
-    missing = ctx - batch.ids.shape[1]
-    if missing:  # a lone short window: keep the width that was asked for
-        fill = torch.full((len(rows), missing), pad_id(tokenizer), dtype=torch.long)
-        none = torch.zeros(len(rows), missing, dtype=torch.bool)
-        batch = TokenBatch(*(torch.cat(p, 1) for p in ((batch.ids, fill), (batch.mask, none), (batch.special, none))))
-    documents = torch.full_like(batch.ids, -1)
-    for i, row in enumerate(full):
-        documents[i, : len(row)] = torch.tensor([d for _, d in row])
-    positions = torch.where(batch.mask, torch.arange(ctx).expand_as(batch.ids), -1)
-    return Packed(batch.ids, batch.mask, batch.special, documents, positions)
+def _restarting(documents: np.ndarray) -> np.ndarray:
+    """Return positions that count from 0 at each change of document."""
+    columns = np.arange(len(documents))
+    starts = np.r_[True, documents[1:] != documents[:-1]] if len(documents) else np.zeros(0, bool)
+    return columns - np.maximum.accumulate(np.where(starts, columns, 0))
 
 
-def read_source(source: str | Iterable[str], *, field: str = "text") -> Iterator[str]:
-    """Yield the documents of "text:FILE", "jsonl:FILE", or of any iterable of texts.
-
-    A text file holds documents between lines of `<|endoftext|>`, or, where there are none, between blank lines; it is
-    read as it is needed. A jsonl file holds one object a line, its text under `field`.
-    Raises, at the call, MissingError where the file is not there and ValueError for an empty one or an unknown kind;
-    ValueError while reading for a line that is not such an object, with its number.
-    """
-    if not isinstance(source, str):
-        return iter(source)
-    kind, _, name = source.partition(":")
-    readers = {"text": _text_documents, "jsonl": lambda path: _jsonl_documents(path, field)}
-    if kind not in readers or not name:
-        raise ValueError(f"source {source!r} is of no known kind; use {' or '.join(f'{k}:FILE' for k in readers)}")
-    path = Path(name).expanduser()
-    if not path.is_file():
-        raise MissingError(f"there is no file {name}")
-    documents = readers[kind](path)
-    first = next(documents, None)
-    if first is None:
-        raise ValueError(f"{name} holds no text")
-    return _chain(first, documents)
+def _encoded(
+    tokenizer: Any, texts: Iterable[Any], bos: int | None, end: int | None, template: bool
+) -> Iterator[tuple[int, list[list[int]]]]:
+    """Yield (number of the first, token ids of each) for ever larger groups of documents, BOS taken off."""
+    source, first, size = iter(texts), 0, 1
+    own = template and bos is None  # an encoder's template, which says itself what ends a document
+    while group := list(islice(source, size)):
+        if isinstance(group[0], str):
+            rows = encode_many(need_tokenizer(tokenizer), group, add_bos=own)
+        else:
+            rows = [[int(i) for i in document] for document in group]
+        rows = [row[1:] if row and row[0] == bos else row for row in rows]  # one BOS a window, and that is ours
+        if end is not None and not own:
+            rows = [[*row, end] for row in rows]
+        yield first, rows
+        first, size = first + len(group), min(2 * size, CHUNK)
 
 
-def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
-    yield first
-    yield from rest
+def _joined(documents: Iterator[tuple[int, list[list[int]]]], ctx: int, bos: int | None) -> Iterator[Window]:
+    front = np.array([] if bos is None else [bos], dtype=np.int32)
+    no_document = np.full(len(front), -1, dtype=np.int32)
+    room = ctx - len(front)
+    ids = owners = np.zeros(0, dtype=np.int32)
+    for first, rows in documents:
+        counts = [len(row) for row in rows]
+        ids = np.concatenate([ids, np.fromiter(chain.from_iterable(rows), np.int32, sum(counts))])
+        numbers = np.arange(first, first + len(rows), dtype=np.int32)
+        owners = np.concatenate([owners, np.repeat(numbers, counts)])
+        whole = len(ids) // room * room
+        for at in range(0, whole, room):
+            part = slice(at, at + room)
+            yield Window(np.concatenate([front, ids[part]]), np.concatenate([no_document, owners[part]]))
+        ids, owners = ids[whole:], owners[whole:]
+    if len(ids):
+        yield Window(np.concatenate([front, ids]), np.concatenate([no_document, owners]))
 
 
-def _text_documents(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8", errors="strict") as file:
-        marked = any(line.strip() == END_OF_TEXT for line in file)
-        file.seek(0)
-        lines: list[str] = []
-        for line in file:
-            ends = line.strip() == END_OF_TEXT if marked else not line.strip()
-            if not ends:
-                lines.append(line)
-            elif "".join(lines).strip():
-                yield "".join(lines).strip("\n")
-                lines = []
-        if "".join(lines).strip():
-            yield "".join(lines).strip("\n")
+def _apart(
+    documents: Iterator[tuple[int, list[list[int]]]], ctx: int, bos: int | None, share: bool
+) -> Iterator[Window]:
+    """Yield windows of documents that each begin with BOS; several share a window where `share` is set."""
+    front = [] if bos is None else [bos]
+    ids: list[int] = []
+    owners: list[int] = []
+    for first, rows in documents:
+        for number, row in enumerate(rows, first):
+            while row:
+                room = ctx - len(ids) - len(front)
+                if room < 1 or (ids and not share):
+                    yield _window(ids, owners)
+                    ids, owners = [], []
+                    continue
+                piece, row = [*front, *row[:room]], row[room:]
+                ids, owners = ids + piece, owners + [number] * len(piece)
+    if ids:
+        yield _window(ids, owners)
 
 
-def _jsonl_documents(path: Path, field: str) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path} line {number} is no JSON: {error.msg}") from error
-            if not (isinstance(record, dict) and isinstance(record.get(field), str)):
-                held = sorted(record) if isinstance(record, dict) else type(record).__name__
-                raise ValueError(f"{path} line {number} has no text under {field!r}; it holds {held}")
-            if re.search(r"\S", record[field]):
-                yield record[field]
+def _window(ids: list[int], owners: list[int]) -> Window:
+    return Window(np.array(ids, dtype=np.int32), np.array(owners, dtype=np.int32))
