@@ -7,7 +7,8 @@ import re
 import secrets
 import socket
 import stat
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,19 @@ from sae.extras import MissingError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FormatError", "atomic_write", "load_tensors", "read_json", "save_tensors", "write_json"]
+__all__ = [
+    "FormatError",
+    "atomic_write",
+    "load_tensors",
+    "parse_json",
+    "read_header",
+    "read_json",
+    "regular_file",
+    "save_tensors",
+    "sweep_temporaries",
+    "sync_folder",
+    "write_json",
+]
 
 MAX_HEADER_BYTES = 8 * 2**20
 MAX_TENSORS = 4096
@@ -30,8 +43,8 @@ class FormatError(ValueError):
     """A file is there but is not what it should be: damaged, hostile, or of another kind."""
 
 
-def atomic_write(path: str | os.PathLike, data: bytes) -> None:
-    """Write bytes so that a reader, or a power cut, sees the old file or the new one and nothing between.
+def atomic_write(path: str | os.PathLike, data: bytes | Iterable[bytes | memoryview]) -> None:
+    """Write bytes (or parts, one after the other) so that a reader, or a power cut, sees the old file or the new one.
 
     A temporary file beside the target, fsync, rename, fsync of the folder. A target that is a symbolic link stays a
     link. Raises OSError (disk full, no permission); then the old file is untouched and no temporary file is left.
@@ -42,19 +55,53 @@ def atomic_write(path: str | os.PathLike, data: bytes) -> None:
     try:
         # mode 0o666: the kernel takes the umask off, as for any file that a user makes (safetensors leaves 0600)
         with os.fdopen(os.open(temporary, flags, 0o666), "wb") as file:
-            file.write(data)
+            for part in [data] if isinstance(data, bytes) else data:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    sync_folder(target.parent)
+
+
+def sync_folder(folder: str | os.PathLike) -> None:
+    """Make the names in a folder durable (nothing to do where the system has no such call)."""
     if os.name == "posix":
-        folder = os.open(target.parent, os.O_RDONLY)
+        handle = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(handle)
         finally:
-            os.close(folder)
+            os.close(handle)
+
+
+def sweep_temporaries(folder: str | os.PathLike) -> int:
+    """Delete temporary files that dead processes of this machine left in a folder; returns how many.
+
+    Those of other machines go when they are over a day old.
+    """
+    host, gone = socket.gethostname(), 0
+    for path in Path(folder).glob(".tmp-*"):
+        owner, _, tail = path.name.removeprefix(".tmp-").rpartition("-")
+        name, _, pid = owner.rpartition("-")
+        if not (tail and pid.isdigit()):
+            continue
+        if _alive(int(pid)) if name == host else time.time() - path.stat().st_mtime < 86_400:
+            continue
+        path.unlink(missing_ok=True)
+        gone += 1
+    return gone
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def write_json(path: str | os.PathLike, obj: Any) -> None:
@@ -69,8 +116,8 @@ def read_json(path: str | os.PathLike, *, max_bytes: int = MAX_JSON_BYTES) -> An
     Raises MissingError where the file is absent and FormatError where it is too large, malformed, holds a key twice
     or a nan: all of these pass through the standard parser in silence or with an error of its own.
     """
-    path = _regular_file(path, max_bytes)
-    return _parse_json(path.read_bytes(), path)
+    path = regular_file(path, max_bytes)
+    return parse_json(path.read_bytes(), path)
 
 
 def save_tensors(path: str | os.PathLike, tensors: Mapping[str, "torch.Tensor"], meta: Mapping[str, Any]) -> None:
@@ -97,8 +144,8 @@ def load_tensors(
     Raises MissingError where the file is absent, FormatError for anything else that is wrong with it. Size and header
     are checked before a byte of data is read.
     """
-    path = _regular_file(path, max_bytes)
-    meta = _check_header(path)
+    path = regular_file(path, max_bytes)
+    _, meta, _ = read_header(path)
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -113,7 +160,8 @@ def load_tensors(
     return tensors, meta
 
 
-def _regular_file(path: str | os.PathLike, max_bytes: int) -> Path:
+def regular_file(path: str | os.PathLike, max_bytes: int) -> Path:
+    """Return the path of a file to read; raises MissingError, or FormatError for no plain file or one too large."""
     path = Path(path)
     try:
         status = path.stat()
@@ -128,14 +176,17 @@ def _regular_file(path: str | os.PathLike, max_bytes: int) -> Path:
     return path
 
 
-def _check_header(path: Path) -> dict[str, Any]:
-    """Return the metadata of a safetensors header after checking what the safetensors library lets pass."""
+def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """Return tensor entries, "json" metadata and the offset of the data of a safetensors file.
+
+    After checking what the safetensors library lets pass; raises FormatError. No data is read.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
             raise FormatError(f"{path} is not a safetensors file: its header claims {length:,} of {size:,} bytes")
-        header = _parse_json(file.read(length), path)
+        header = parse_json(file.read(length), path)
     if not isinstance(header, dict):
         raise FormatError(f"{path}: the safetensors header is not an object")
     metadata = header.pop("__metadata__", {})
@@ -145,10 +196,10 @@ def _check_header(path: Path) -> dict[str, Any]:
         _check_entry(path, name, entry)
     if not isinstance(metadata, dict) or not isinstance(metadata.get("json", "{}"), str):
         raise FormatError(f"{path}: the metadata is not a table of texts")
-    meta = _parse_json(metadata.get("json", "{}").encode("utf-8", errors="replace"), path)
+    meta = parse_json(metadata.get("json", "{}").encode("utf-8", errors="replace"), path)
     if not isinstance(meta, dict):
         raise FormatError(f"{path}: the metadata under 'json' is not an object")
-    return meta
+    return header, meta, 8 + length
 
 
 def _check_entry(path: Path, name: str, entry: object) -> None:
@@ -162,7 +213,8 @@ def _check_entry(path: Path, name: str, entry: object) -> None:
         raise FormatError(f"{path}: tensor {name!r} has no usable shape")
 
 
-def _parse_json(data: bytes, path: Path) -> Any:
+def parse_json(data: bytes, path: Path) -> Any:
+    """Return the object that bytes of JSON from `path` hold; raises FormatError (see read_json)."""
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
         if len(table) != len(pairs):
