@@ -1,7 +1,9 @@
 """Which columns of the text a forward pass is working on, in plain calls and inside generate."""
 
 import inspect
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -77,6 +79,21 @@ def full_mask(mask: Any, prompt: Tensor | None, rows: int, past: int, q: int, de
     return ones
 
 
+_quiet: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose forward is a probe of our own
+
+
+@contextmanager
+def quiet(hf: nn.Module) -> Iterator[None]:
+    """Keep `reading` and `editing` from seeing the forwards inside the context (small ones that look at the model)."""
+    nested = hf in _quiet
+    _quiet.add(hf)
+    try:
+        yield
+    finally:
+        if not nested:
+            _quiet.discard(hf)
+
+
 class Watch:
     """Read the clock at the start of every outermost forward of a model, while attached.
 
@@ -98,6 +115,11 @@ class Watch:
         self._handles: list[Any] = []
         self._shadow: Callable | None = None
         self._former: Callable | None = None
+
+    @property
+    def quiet(self) -> bool:
+        """Whether the forward that runs is none of the user's."""
+        return self.hf in _quiet
 
     def attach(self, prompts: bool = True) -> None:
         """Register the hooks (and shadow generate)."""
@@ -122,7 +144,7 @@ class Watch:
     def _starter(self, names: tuple[str, ...]) -> Callable:
         def start(module: nn.Module, args: tuple, kwargs: dict) -> None:
             self._depth += 1
-            if self._depth == 1:
+            if self._depth == 1 and not self.quiet:
                 self.clock = self._read(dict(zip(names, args, strict=False)) | kwargs, args)
                 if self.on_start is not None:
                     self.on_start()

@@ -161,6 +161,8 @@ def reading(
     handles: list[Any] = []
 
     def note(name: str, value: Any) -> None:
+        if watch.quiet:
+            return
         callback(name, _as_stream(value, _now(watch, name), name))
         seen.add(name)
         if stop and seen == wanted:
@@ -221,6 +223,8 @@ def editing(model: "Model", edits: Mapping[str, Edit | Iterable[Edit]]) -> Itera
 
 def _edited(value: Any, fn: Edit, watch: Watch, name: str) -> Tensor | None:
     """Return the new value in the old one's shape, dtype and device, or None where it is unchanged."""
+    if watch.quiet:
+        return None
     clock = _now(watch, name)
     stream = _as_stream(value, clock, name)
     new = fn(stream, clock.to(stream.device))

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from interp.model import pretrained, tokens
+from interp.model import packing, pretrained, tokens
 from interp.model.anatomy import AnatomyError, accepts, dissect, eval_mode, finish_logits, replace_first, text_config
 from interp.model.hooks import HookPoint, HookPointError, Place, StopForward, canonical_name, unknown_hook
 from interp.model.places import bridge_places, module_place, native_places
@@ -44,6 +44,7 @@ class Model:
         self._places, self.aliases = found  # aliases: further spellings -> canonical name
         self._modules: dict[str, Place] = {}
         self._fingerprint: str | None = None
+        self._packs: bool | None = None  # unknown until documents first share a row
 
     def __repr__(self) -> str:
         return f"Model({self.name}, {self.backend}, {self.n_layers} layers, d_model {self.d_model}, {self.dtype})"
@@ -138,15 +139,22 @@ class Model:
         """Return texts as one padded batch (see tokens.tokenize); raises MissingError without a tokenizer."""
         return tokens.tokenize(self.tokenizer, texts, add_bos=add_bos, max_len=max_len, side=side)
 
-    def _call(self, module: nn.Module, ids: Tensor, mask: Tensor | None) -> Any:
+    def _call(self, module: nn.Module, ids: Tensor, mask: Tensor | None, positions: Tensor | None = None) -> Any:
         """Call `module` (the whole model or its base) on padded rows, positions right for left pads too."""
-        if ids.ndim != 2 or (mask is not None and mask.shape != ids.shape):
-            shape = None if mask is None else tuple(mask.shape)
-            raise ValueError(f"ids {tuple(ids.shape)} and mask {shape} must be [batch, columns], both alike")
+        if ids.ndim != 2 or any(x is not None and x.shape != ids.shape for x in (mask, positions)):
+            shapes = {
+                k: tuple(v.shape)
+                for k, v in {"ids": ids, "mask": mask, "positions": positions}.items()
+                if v is not None
+            }
+            raise ValueError(f"{shapes}: ids, mask and positions must be [batch, columns], all alike")
         if ids.shape[1] > self.n_ctx:
             raise ValueError(f"{self.name} takes at most {self.n_ctx} tokens; a row has {ids.shape[1]}")
         given: dict[str, Any] = {"input_ids": ids.to(self.device)}
-        if mask is not None and not bool(mask.all()):
+        if positions is not None:
+            self._check_packing()
+            given["position_ids"] = packing.restarts(positions, mask).to(self.device)
+        elif mask is not None and not bool(mask.all()):
             mask = mask.to(self.device)
             given["attention_mask"] = mask.long()
             # GPT-2 and GPT-Neo do not derive positions from the mask; right pads need nothing in a causal model
@@ -157,17 +165,46 @@ class Model:
         with torch.no_grad(), eval_mode(self.hf):
             return module(**given)
 
-    def run(self, ids: Int[Tensor, "b t"], mask: Bool[Tensor, "b t"] | None = None) -> None:
-        """Run the blocks, without the head, for the sake of hooks; an early stop by `reading` ends it quietly."""
+    def _check_packing(self) -> None:
+        """Raise AnatomyError unless documents that share a row are kept apart (found out once, by small forwards)."""
+        if self._packs is None:
+            self._packs = packing.keeps_apart(self.hf, self._anatomy.blocks[-1])
+        if not self._packs:
+            raise AnatomyError(
+                f"{type(self.hf).__name__} cannot keep documents that share a row from seeing each other; "
+                "give one document a row, with a mask and without positions"
+            )
+
+    def run(
+        self,
+        ids: Int[Tensor, "b t"],
+        mask: Bool[Tensor, "b t"] | None = None,
+        *,
+        positions: Int[Tensor, "b t"] | None = None,
+    ) -> None:
+        """Run the blocks, without the head, for the sake of hooks; an early stop by `reading` ends it quietly.
+
+        `positions`: for rows that several documents share, which are not to see each other: counts from 0 in each, pads
+        on the right alone (whatever their positions). Raises AnatomyError where the architecture cannot do that.
+        """
         base = self.hf.base_model
         try:
-            self._call(base if isinstance(base, nn.Module) else self.hf, ids, mask)
+            self._call(base if isinstance(base, nn.Module) else self.hf, ids, mask, positions)
         except StopForward:
             return
 
-    def logits(self, ids: Int[Tensor, "b t"], mask: Bool[Tensor, "b t"] | None = None) -> Float[Tensor, "b t v"]:
-        """Return next-token logits at every column, without gradients, in evaluation mode; pads either side."""
-        return self._call(self.hf, ids, mask).logits
+    def logits(
+        self,
+        ids: Int[Tensor, "b t"],
+        mask: Bool[Tensor, "b t"] | None = None,
+        *,
+        positions: Int[Tensor, "b t"] | None = None,
+    ) -> Float[Tensor, "b t v"]:
+        """Return next-token logits at every column, without gradients, in evaluation mode; pads either side.
+
+        `positions` as in `run`.
+        """
+        return self._call(self.hf, ids, mask, positions).logits
 
     def unembed(self, resid: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows v"]:
         """Return the logits that the model makes of a residual after the last block: final norm, head, scale, cap.
