@@ -17,10 +17,13 @@ if TYPE_CHECKING:
     from interp.model.loading import Model, load_model
     from interp.report.pages import write_report
     from interp.space.neighbors import Space
+    from interp.store.harvest import harvest_acts
+    from interp.store.reader import ActivationStore, open_store
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "ActivationStore": "store.reader",
     "Acts": "acts.capture",
     "Direction": "acts.direction",
     "Model": "model.loading",
@@ -32,12 +35,15 @@ _HOME = {
     "evaluate_probe": "concepts.probes",
     "fit_direction": "concepts.finders",
     "fit_probe": "concepts.probes",
+    "harvest_acts": "store.harvest",
     "load_model": "model.loading",
+    "open_store": "store.reader",
     "splice": "features.splice",
     "steer": "concepts.steering",
     "write_report": "report.pages",
 }
 __all__ = [
+    "ActivationStore",
     "Acts",
     "Direction",
     "Model",
@@ -49,7 +55,9 @@ __all__ = [
     "evaluate_probe",
     "fit_direction",
     "fit_probe",
+    "harvest_acts",
     "load_model",
+    "open_store",
     "splice",
     "steer",
     "write_report",

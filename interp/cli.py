@@ -1,18 +1,20 @@
 """The commands `interp` and `sae`: each a few lines that call the library.
 
 stdout carries results (with --json: one JSON document), stderr everything else. Exit codes: 0 done, 1 failed, 2 usage,
-3 a model, file or extra is missing, 130 interrupted after saving. --debug anywhere shows the traceback of an error.
+3 a model, file or extra is missing, 130 / 143 interrupted or terminated after saving. --debug anywhere shows the
+traceback of an error.
 """
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-MISSING, FAILED, USAGE, INTERRUPTED = 3, 1, 2, 130
+MISSING, FAILED, USAGE, INTERRUPTED, TERMINATED = 3, 1, 2, 130, 143
 
 app = typer.Typer(
     name="interp", help="See and steer what a language model represents. Start with: interp demo", no_args_is_help=True,
@@ -67,6 +69,79 @@ def doctor(as_json: Json = False) -> None:
 
     found = examine()
     _emit(found, as_json, [f"{name:<18} {value}" for name, value in found.items()])
+
+
+@app.command(epilog="Example: interp harvest tiny --hook resid_post.2 --dataset text:a.txt --tokens 2M --out acts")
+def harvest(
+    model: ModelArg,
+    hook: Annotated[list[str], typer.Option(help="hook point or glob; repeat it for several")],
+    dataset: Annotated[str, typer.Option(help="text:FILE, jsonl:FILE, parquet:FILE or hf:NAME[:SPLIT]")],
+    out: Annotated[Path, typer.Option(help="folder of the store; the same command goes on with an interrupted one")],
+    tokens: Annotated[str | None, typer.Option(help="rows to harvest, such as 500000 or 2M; default: all")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16, bfloat16; default: the model's")] = None,
+    ctx: Annotated[int | None, typer.Option(help="tokens a window; default: n_ctx, at most 512")] = None,
+    batch_size: Annotated[int, typer.Option(help="windows a batch")] = 32,
+    packing: Annotated[str | None, typer.Option(help="joined, masked or documents")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="pad, bos, special, first:N, outlier:M")] = None,
+    field: Annotated[str, typer.Option(help="where records hold their text")] = "text",
+    shard_mb: Annotated[float, typer.Option(help="size of a file")] = 64,
+    covariance: Annotated[bool, typer.Option("--covariance", help="store each hook point's covariance too")] = False,
+    rank: Annotated[int | None, typer.Option(help="which process this is; default: from torchrun or SLURM")] = None,
+    world_size: Annotated[int | None, typer.Option(help="how many processes there are")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print rows, bytes and time; write nothing")] = False,
+    device: Device = "auto",
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Store a text's activations on disk: resumable, checksummed, by one process or many."""
+    from interp.acts.rows import SAE_EXCLUDE
+    from interp.model.loading import load_model
+    from interp.store.harvest import estimate, harvest_acts
+    from interp.store.job import local_device, who_am_i
+
+    wanted = _count(tokens, "--tokens")
+    me, world, known = who_am_i(rank, world_size)
+    if world > 1 and not quiet:
+        _say(f"rank {me} of {world} ({known})")
+    options: dict[str, Any] = {
+        "tokens": wanted, "dtype": dtype, "ctx": ctx, "batch_size": batch_size, "packing": packing, "field": field,
+        "exclude": exclude or SAE_EXCLUDE, "shard_mb": shard_mb, "covariance": covariance,
+    }  # fmt: skip
+    loaded = load_model(model, device=local_device(device))
+    if dry_run:
+        found = estimate(loaded, dataset, hook, **options)
+        return _emit(found, as_json, [f"{name:<24} {value}" for name, value in found.items()])
+    store = harvest_acts(
+        loaded, dataset, hook, out=out, rank=me, world_size=world, progress=not quiet, say=_say, **options
+    )
+    state = "" if store.complete else " so far"
+    found = {"out": str(out), "complete": store.complete, "rows": len(store), "shards": len(store.shards)}
+    _emit(found, as_json, [f"{out}: {len(store):,} rows in {len(store.shards):,} shards{state}"])
+
+
+@app.command(epilog="Example: interp info acts")
+def info(store: Annotated[Path, typer.Argument(help="folder of a store")], as_json: Json = False) -> None:
+    """Say what a store of activations holds."""
+    from interp.store.reader import open_store
+
+    found = open_store(store).describe()
+    _emit(found, as_json, [f"{name:<16} {value}" for name, value in _flat(found)])
+
+
+@app.command(epilog="Example: interp verify acts --repair")
+def verify(
+    store: Annotated[Path, typer.Argument(help="folder of a store")],
+    mend: Annotated[bool, typer.Option("--repair", help="set damaged files aside, make just those again")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare every byte of a store with its checksums; exit code 1 names the damaged files."""
+    from interp.store.verify import repair
+    from interp.store.verify import verify as check
+
+    verdict = repair(store, say=_say) if mend else check(store)
+    _emit(verdict.as_dict(), as_json, verdict.lines())
+    if not verdict.sound:
+        raise typer.Exit(FAILED)
 
 
 @app.command(epilog="Example: interp concept tiny --positive glad.txt --negative sad.txt --out glad.safetensors")
@@ -200,6 +275,25 @@ def sae_info(run: Annotated[Path, typer.Argument(help="folder of a saved autoenc
     _emit(found, as_json, [f"{name:<24} {value}" for name, value in found.items()])
 
 
+def _count(text: str | None, flag: str) -> int | None:
+    """Return the number that "500000", "500k" or "2M" means."""
+    if text is None:
+        return None
+    scale = {"k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}.get(text[-1:].lower(), 1)
+    try:
+        return int(float(text.rstrip("kKmMbBgG").replace("_", "")) * scale)
+    except (ValueError, OverflowError):
+        raise typer.BadParameter(f"{flag} {text!r} is no number; write 500000, 500k or 2M") from None
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Return a nested table as (dotted name, value) pairs."""
+    rows: list[tuple[str, Any]] = []
+    for name, value in table.items():
+        rows += _flat(value, f"{prefix}{name} ") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
+    return rows
+
+
 def _lines(path: Path) -> list[str]:
     from sae.extras import MissingError
 
@@ -211,6 +305,14 @@ def _lines(path: Path) -> list[str]:
     return texts
 
 
+class _Terminated(BaseException):
+    """SIGTERM: leaves through every `finally`, as Ctrl-C does."""
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise _Terminated
+
+
 def _run(application: typer.Typer) -> None:
     debug = "--debug" in sys.argv[1:]
     sys.argv[1:] = [arg for arg in sys.argv[1:] if arg != "--debug"]
@@ -218,11 +320,12 @@ def _run(application: typer.Typer) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # threads that spin at barriers slow each other tenfold on a busy machine; read when torch is loaded
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         application()
-    except KeyboardInterrupt:
-        _say("interrupted")
-        sys.exit(INTERRUPTED)
+    except (KeyboardInterrupt, _Terminated) as stop:
+        _say("interrupted: what was finished is kept" if isinstance(stop, KeyboardInterrupt) else "terminated")
+        sys.exit(INTERRUPTED if isinstance(stop, KeyboardInterrupt) else TERMINATED)
     except Exception as error:
         if debug:
             raise
@@ -232,7 +335,7 @@ def _run(application: typer.Typer) -> None:
 
 def _first_line(error: Exception) -> str:
     text = " ".join(str(error).split())
-    known = isinstance(error, (ValueError, LookupError, OSError, RuntimeError, TypeError))
+    known = isinstance(error, (ValueError, LookupError, OSError, RuntimeError, TypeError, ArithmeticError, MemoryError))
     return text if known and text else f"{type(error).__name__}: {text} (run again with --debug for the traceback)"
 
 

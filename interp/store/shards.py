@@ -125,6 +125,21 @@ def _digest(file: Any) -> str:
     return digest.hexdigest()
 
 
+def self_record(root: Path, file: str) -> tuple[FileRecord, dict[str, Any]]:
+    """Return the record of a shard that nothing else vouches for, and its metadata.
+
+    Raises FormatError where its data do not agree with the checksum in its own header.
+    """
+    path = regular_file(root / file, max_bytes=2**50)
+    _, meta, start = read_header(path)
+    with path.open("rb", buffering=0) as handle:
+        header = xxhash.xxh3_128_hexdigest(handle.read(start))
+        data = _digest(handle)
+    if data != meta.get("xxh3_128"):
+        raise FormatError(f"{path}: the data are not what was written (checksum)")
+    return FileRecord(file, path.stat().st_size, header, data), meta
+
+
 def record_plain(root: Path, file: str) -> FileRecord:
     """Return the record of a file that is no shard (a tokenizer's): all of it counts as data."""
     content = (root / file).read_bytes()

@@ -10,7 +10,7 @@ from typing import Any
 
 import xxhash
 
-from interp.acts.shards import FileRecord
+from interp.store.shards import FileRecord
 from sae.io import FormatError, atomic_write, parse_json, regular_file, sync_folder
 
 SETTINGS, MANIFEST, PLAN = "store.json", "MANIFEST.json", "tokens/plan.json"
@@ -97,7 +97,7 @@ def journalled(root: Path) -> dict[int, ShardRecord]:
 
 def _line(record: ShardRecord) -> str:
     text = json.dumps(record.as_dict(), sort_keys=True)
-    return f"{xxhash.xxh3_64_hexdigest(text)} {text}\n"
+    return f"{xxhash.xxh3_64_hexdigest(text.encode())} {text}\n"
 
 
 def _lines(path: Path) -> Iterator[ShardRecord]:

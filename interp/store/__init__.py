@@ -1,0 +1,1 @@
+"""Activations on disk: harvested, checksummed, read where they lie."""
