@@ -2,26 +2,42 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from interp.acts import documents as docs
+from interp.acts.gather import Gather, choose, choose_packed
+from interp.acts.rows import DEFAULT_EXCLUDE, Exclude, Included, parse_exclude
 from interp.model import tokens
 from interp.model.hooks import canonical_name, expand, reading, unknown_hook
 from interp.model.loading import Model, as_model
 
-EXCLUDABLE = ("pad", "bos", "special")
 POOLS = ("mean", "last", "max")
+NONFINITE = ("raise", "keep")
+
+
+class NearTie(NamedTuple):
+    """A greedily chosen token that hardly beat the second: where it stands, and the difference of their logits."""
+
+    document: int
+    position: int
+    margin: float
 
 
 @dataclass(frozen=True)
 class Acts:
     """Values at hook points, one row a token; `acts[hook]` takes any spelling of the name.
 
-    `positions` count from the first real token of the row (BOS included), `documents` index the texts given, and
+    `positions` count from the first real token of the document (BOS included), `documents` index the texts given, and
     `is_special` marks the rows of BOS and its like, there only if they were kept. `texts` is None for token ids.
+    `removed` is the share of the tokens that each exclusion took (each token counted once, under the first that
+    names it); `nonfinite` the rows with inf or nan at each hook point, where they were allowed.
+    With `generate`: `is_new` marks the rows of new tokens, `generated` is the new text of each document (None without
+    a tokenizer), `near_ties` lists the new tokens that another seed of rounding might have changed.
     """
 
     values: Mapping[str, Float[Tensor, "tok _"]]
@@ -33,6 +49,11 @@ class Acts:
     texts: tuple[str, ...] | None = None
     spellings: Mapping[str, str] = field(default_factory=dict)
     n_layers: int | None = None
+    removed: Mapping[str, float] = field(default_factory=dict)
+    nonfinite: Mapping[str, Int[Tensor, " rows"]] = field(default_factory=dict)
+    is_new: Bool[Tensor, " tok"] | None = None
+    generated: tuple[str, ...] | None = None
+    near_ties: tuple[NearTie, ...] = ()
 
     def __getitem__(self, hook: str) -> Float[Tensor, "tok d"]:
         name = self.spellings.get(hook) or canonical_name(hook, self.n_layers) or hook
@@ -61,55 +82,76 @@ def capture_batch(
 
 def capture_acts(
     model: Any,
-    texts: str | Iterable[Any],
+    texts: Any,
     hooks: str | Iterable[str],
     *,
     batch_size: int = 32,
     max_len: int | None = None,
-    exclude: Sequence[str] = EXCLUDABLE,
+    exclude: Sequence[str] | Exclude = DEFAULT_EXCLUDE,
+    include: Any = None,
     add_bos: bool = True,
+    add_generation_prompt: bool | None = None,
+    long: str | None = None,
+    stride: int | None = None,
+    generate: int | Mapping[str, Any] | None = None,
+    nonfinite: str = "raise",
     dtype: torch.dtype | None = torch.float32,
     progress: bool = False,
 ) -> Acts:
-    """Return the activations of texts (or of documents of token ids) at hook points, on the CPU, documents in order.
+    """Return the activations of documents at hook points, on the CPU, documents in order.
 
-    `hooks`: names in any spelling, or globs. Texts get the tokenizer's BOS in front (`add_bos`); token ids are taken
-    as they are. Documents are cut to `max_len` tokens where it is given. Rows named in `exclude` are left out: "bos",
-    "special" (any special id, BOS too); pads are never rows. `dtype` None keeps the model's own. Batches are sorted by
-    length; who shares a batch does not matter (1e-5 in float32).
-    Raises HookPointError, MissingError for texts without a tokenizer, ValueError for a document longer than n_ctx.
+    A document is a text (the tokenizer's BOS goes in front: `add_bos`), a chat (a list of {"role", "content"}, read by
+    the tokenizer's template, which says itself where BOS is) or token ids as they are. `hooks`: names in any spelling,
+    or globs. `dtype` None keeps the model's own.
+
+    Which tokens are rows: never pads; none of `exclude` (see rows.parse_exclude: "bos", "special" by id, "first:N",
+    "outlier:M" by the norm at any of the hook points against its median here; `Acts.removed` tells the shares); of the
+    rest those that `include` names (token ids, one list of bools a document, or a function from a document's ids to
+    bools).
+
+    `long` documents, of more than `max_len` (n_ctx where it is not given) tokens, are refused ("error"), cut to their
+    first ones ("cut", the default where `max_len` is given), or read in overlapping "windows" of that length, `stride`
+    (half the window) apart: a token is read once, in the window that shows most of what stands before it; windows
+    after the first have the document's BOS in front too. Positions are always those in the document.
+
+    `generate` (a number of new tokens, or options of Hugging Face's generate) goes on writing after each document, and
+    returns the rows of its tokens and of the new ones, EOS included, the last too (it gets a forward of its own); see
+    generated.generate_rows.
+
+    Batches are sorted by length; who shares a batch does not matter (1e-5 in float32).
+    Raises HookPointError, MissingError for texts without a tokenizer, ValueError for a document longer than n_ctx,
+    NonFiniteError for inf or nan in a row, in the model's values or by conversion to `dtype`, unless `nonfinite` is
+    "keep".
     """
     model = as_model(model)
-    _check(exclude, batch_size, max_len)
-    given = [texts] if isinstance(texts, str) else list(texts)
-    rows = [_row(model, i, document, add_bos, max_len) for i, document in enumerate(given)]
-    kept = [_kept(model, row, exclude) for row in rows]
-    ends = torch.tensor([0, *(int(k.sum()) for k in kept)]).cumsum(0).tolist()
+    excluded = parse_exclude(exclude)
+    _check(batch_size, max_len, long, nonfinite)
     names = expand(model, hooks)
-    values = {n: torch.empty(ends[-1], model.hook_point(n).d, dtype=dtype or model.dtype) for n in names}
+    prompt = generate is not None if add_generation_prompt is None else add_generation_prompt
+    given = docs.read_documents(model, texts, add_bos=add_bos, add_generation_prompt=prompt)
+    wanted = _wanted(include, given)
+    limit = min(max_len or model.n_ctx, model.n_ctx)
+    how = long or ("error" if max_len is None else "cut")
+    if how == "cut":
+        given, kept = docs.trim(given, limit)
+        wanted = None if wanted is None else wanted[kept]
+    elif how == "error":
+        docs.check_length(model, given, limit)
+    chosen = choose(model, given, excluded, wanted)
+    pieces = docs.Pieces(given, chosen.keep, limit, stride, model.bos_id)
+    widths = {name: model.hook_point(name).d for name in names}
+    gather = Gather(model, widths, chosen, dtype, nonfinite == "keep")
+    batch = None
 
-    order = sorted((i for i in range(len(rows)) if bool(kept[i].any())), key=lambda i: len(rows[i]), reverse=True)
-    for members in _shown([order[i : i + batch_size] for i in range(0, len(order), batch_size)], progress):
-        batch = tokens.pad_rows([rows[i].tolist() for i in members])
-        keep = tokens.pad_rows([kept[i].long().tolist() for i in members]).ids.bool()
-        at = torch.cat([torch.arange(ends[i], ends[i + 1]) for i in members])
-        for name, value in capture_batch(model, batch.ids, batch.mask, names).items():
-            values[name][at] = value[keep.to(value.device)].to("cpu", values[name].dtype)
+    def note(name: str, value: Tensor) -> None:
+        if batch is not None:
+            gather.put(name, value, batch.where, batch.at)
 
-    ids = torch.cat([row[k] for row, k in zip(rows, kept, strict=True)]) if rows else torch.zeros(0, dtype=torch.long)
-    counts = torch.tensor([int(k.sum()) for k in kept], dtype=torch.long)
-    positions = [k.nonzero().squeeze(1) for k in kept]
-    return Acts(
-        values=values,
-        token_ids=ids,
-        positions=torch.cat(positions) if positions else ids.clone(),
-        documents=torch.arange(len(rows)).repeat_interleave(counts),
-        is_special=tokens.special_mask(ids, model.special_ids),
-        n_documents=len(rows),
-        texts=tuple(given) if given and all(isinstance(t, str) for t in given) else None,
-        spellings=_spellings(model, hooks, names),
-        n_layers=model.n_layers,
-    )
+    with reading(model, names, note):
+        for members in _shown(pieces.batches(batch_size), progress):
+            batch = pieces.batch(members)
+            model.run(batch.ids, batch.mask)
+    return _acts(model, gather, _spellings(model, hooks, names))
 
 
 def capture_packed(
@@ -117,32 +159,30 @@ def capture_packed(
     batches: Iterable[tokens.TokenBatch],
     hooks: str | Iterable[str],
     *,
-    exclude: Sequence[str] = EXCLUDABLE,
+    exclude: Sequence[str] | Exclude = DEFAULT_EXCLUDE,
+    nonfinite: str = "raise",
     dtype: torch.dtype | None = torch.float32,
 ) -> Iterator[Acts]:
     """Yield the activations of each batch of packed windows (see tokens.pack) as they are computed.
 
     `documents` and `positions` are the batch's own; without them (a plain TokenBatch) they count rows and columns.
+    Windows whose documents are `masked` from each other are run so. Of `exclude`, "outlier" goes by the median of each
+    batch. Raises as capture_acts does.
     """
     model = as_model(model)
-    _check(exclude)
+    excluded = parse_exclude(exclude)
+    _check(1, None, None, nonfinite)
     names = expand(model, hooks)
+    spellings = _spellings(model, hooks, names)
+    widths = {name: model.hook_point(name).d for name in names}
     for batch in batches:
-        keep = torch.stack([_kept(model, row, exclude) for row in batch.ids]) & batch.mask
-        found = capture_batch(model, batch.ids, batch.mask, names)
-        columns = torch.arange(batch.ids.shape[1]).expand_as(batch.ids)
-        rows = torch.arange(batch.ids.shape[0])[:, None].expand_as(batch.ids)
-        documents = getattr(batch, "documents", rows)[keep]
-        yield Acts(
-            values={n: found[n][keep.to(found[n].device)].to("cpu", dtype or found[n].dtype) for n in names},
-            token_ids=batch.ids[keep],
-            positions=getattr(batch, "positions", columns)[keep],
-            documents=documents,
-            is_special=batch.special[keep],
-            n_documents=int(documents.max()) + 1 if len(documents) else 0,
-            spellings=_spellings(model, hooks, names),
-            n_layers=model.n_layers,
-        )
+        chosen = choose_packed(model, batch, excluded)
+        gather = Gather(model, widths, chosen, dtype, nonfinite == "keep")
+        places = torch.arange(len(chosen.rows))
+        positions = batch.positions if isinstance(batch, tokens.Packed) and batch.masked else None
+        with reading(model, names, partial(gather.put, where=chosen.rows, at=places)):
+            model.run(batch.ids, batch.mask, positions=positions)
+        yield _acts(model, gather, spellings)
 
 
 def pool(acts: Acts, hook: str, how: str = "mean") -> Float[Tensor, "texts d"]:
@@ -165,39 +205,41 @@ def pool(acts: Acts, hook: str, how: str = "mean") -> Float[Tensor, "texts d"]:
     return (sums / counts[:, None]).to(values.dtype)
 
 
-def _check(exclude: Sequence[str], batch_size: int = 1, max_len: int | None = None) -> None:
-    if isinstance(exclude, str) or any(e not in EXCLUDABLE for e in exclude):
-        raise ValueError(f"exclude is {exclude!r}; it must be a list of some of: {', '.join(EXCLUDABLE)}")
+def _check(batch_size: int, max_len: int | None, long: str | None, nonfinite: str) -> None:
     if batch_size < 1 or (max_len is not None and max_len < 1):
         raise ValueError(f"batch_size is {batch_size} and max_len {max_len}; both must be at least 1")
+    if long is not None and long not in docs.LONG:
+        raise ValueError(f"long is {long!r}; it must be one of: {', '.join(docs.LONG)}")
+    if nonfinite not in NONFINITE:
+        raise ValueError(f"nonfinite is {nonfinite!r}; it must be one of: {', '.join(NONFINITE)}")
 
 
-def _row(model: Model, number: int, document: Any, add_bos: bool, max_len: int | None) -> Tensor:
-    """Return the token ids of one document, cut or refused by its length."""
-    if isinstance(document, str):
-        ids = tokens.encode(tokens.need_tokenizer(model.tokenizer), document, add_bos=add_bos)
-    else:
-        ids = [int(i) for i in document]
-    if ids and not (min(ids) >= 0 and max(ids) < model.d_vocab):
-        bad = min(ids) if min(ids) < 0 else max(ids)
-        raise ValueError(f"document {number} has token id {bad}; {model.name} has ids 0 to {model.d_vocab - 1}")
-    ids = ids[:max_len]
-    limit = model.n_ctx
-    if len(ids) > limit:
-        raise ValueError(
-            f"document {number} has {len(ids)} tokens, {model.name} takes {limit}; cut it with max_len={limit}"
-        )
-    return torch.tensor(ids, dtype=torch.long)
+def _wanted(include: Any, given: docs.Documents) -> Bool[Tensor, " n"] | None:
+    """Return which tokens the user's `include` names, None where all may stay."""
+    if include is None:
+        return None
+    chosen = Included(include, len(given))
+    masks = [chosen.mask(i, ids) for i, ids in enumerate(given.rows())]
+    return torch.cat(masks) if masks else torch.zeros(0, dtype=torch.bool)
 
 
-def _kept(model: Model, row: Int[Tensor, " t"], exclude: Sequence[str]) -> Bool[Tensor, " t"]:
-    """Return which tokens of a document become rows."""
-    keep = torch.ones(len(row), dtype=torch.bool)
-    if "special" in exclude:
-        keep &= ~tokens.special_mask(row, model.special_ids)
-    if "bos" in exclude and model.bos_id is not None:
-        keep &= row != model.bos_id
-    return keep
+def _acts(model: Model, gather: Gather, spellings: Mapping[str, str], **more: Any) -> Acts:
+    rows, removed, bad = gather.finish()
+    chosen = gather.chosen
+    return Acts(
+        values=gather.values,
+        token_ids=chosen.ids[rows],
+        positions=chosen.positions[rows],
+        documents=chosen.numbers[rows],
+        is_special=chosen.special[rows],
+        n_documents=chosen.n_documents,
+        texts=chosen.texts,
+        spellings=spellings,
+        n_layers=model.n_layers,
+        removed=removed,
+        nonfinite=bad,
+        **more,
+    )
 
 
 def _spellings(model: Model, hooks: str | Iterable[str], names: list[str]) -> dict[str, str]:
@@ -207,7 +249,7 @@ def _spellings(model: Model, hooks: str | Iterable[str], names: list[str]) -> di
     return {a: n for a, n in model.aliases.items() if n in names} | plain
 
 
-def _shown(batches: list[list[int]], progress: bool) -> Iterable[list[int]]:
+def _shown(batches: list[Tensor], progress: bool) -> Iterable[Tensor]:
     if not progress:
         return batches
     from tqdm import tqdm
