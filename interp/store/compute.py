@@ -13,7 +13,7 @@ from interp.acts.rows import nonfinite, row_norms
 from interp.model.hooks import reading
 from interp.model.tokens import Packed, Window
 from interp.store.job import Job
-from interp.store.writer import Rows, Writer
+from interp.store.writer import Rows, Sink
 
 BUFFERS = 2  # one filled by the model while the other is written
 
@@ -21,16 +21,15 @@ BUFFERS = 2  # one filled by the model while the other is written
 class Harvester:
     """Runs the model over one shard of windows after another.
 
-    What a batch holds depends on the sequences' numbers alone. `removed` counts the rows left out as outliers.
+    What a batch holds depends on the sequences' numbers alone.
     """
 
     def __init__(self, job: Job):
         self.job = job
-        self.removed = 0
         self._free: queue.SimpleQueue[dict[str, Tensor]] = queue.SimpleQueue()
         self._made = 0
 
-    def shard(self, number: int, windows: list[Window], writer: Writer, update: Callable[[int], Any]) -> int:
+    def shard(self, number: int, windows: list[Window], writer: Sink, update: Callable[[int], Any]) -> int:
         """Compute the rows of a shard and hand them to the writer; returns how many. `update` is told of each batch."""
         size = self.job.cut.batch_size
         buffers = self._buffers()
@@ -38,8 +37,7 @@ class Harvester:
         with reading(self.job.model, self.job.hooks, batch.note):
             for at in range(0, len(windows), size):
                 update(batch.run(self.job.cut.collate(windows[at : at + size])))
-        rows, removed = batch.rows(number)
-        self.removed += removed
+        rows = batch.rows(number)
         writer.put(rows, lambda: self._free.put(buffers))
         return len(rows.token_ids)
 
@@ -134,8 +132,8 @@ class _Batches:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
-    def rows(self, shard: int) -> tuple[Rows, int]:
-        """Return what is to be written, and how many outliers were left out; raises NonFiniteError for inf or nan."""
+    def rows(self, shard: int) -> Rows:
+        """Return what is to be written, outliers left out; raises NonFiniteError for inf or nan."""
         empty = [torch.zeros(0, dtype=torch.long)]
         ids, positions, documents = (torch.cat(x or empty) for x in (self._ids, self._positions, self._documents))
         norms = torch.cat([n.to("cpu") for n in self._norms] or [torch.zeros(0, len(self.job.hooks))])
@@ -151,7 +149,7 @@ class _Batches:
             values = {hook: rows[kept] for hook, rows in values.items()}
         offsets = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
         first = shard * self.job.cut.per_shard
-        return Rows(shard, first, values, norms, ids, positions, documents, offsets), int(dropped.sum())
+        return Rows(shard, first, values, norms, ids, positions, documents, offsets)
 
     def _check(self, values: dict[str, Tensor], norms: Tensor, positions: Tensor, documents: Tensor) -> None:
         """Raise NonFiniteError for the first row with inf or nan, by its norm."""

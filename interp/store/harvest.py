@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from filelock import FileLock, Timeout
@@ -21,7 +21,7 @@ from interp.store.job import Job, describe, differences, save_tokenizer, who_am_
 from interp.store.ledger import MANIFEST, SETTINGS, Journal, StoreError, journalled, read_sealed, write_sealed
 from interp.store.plan import Cut, Plan
 from interp.store.reader import ActivationStore, open_store
-from interp.store.writer import Writer, seal
+from interp.store.writer import Sink, Writer, seal
 from sae.io import sweep_temporaries, write_json
 
 DEFAULTS: dict[str, Any] = {
@@ -45,7 +45,7 @@ def harvest_acts(
     add_bos: bool = True,
     separate: bool = True,
     field: str = "text",
-    shard_mb: float = 64,
+    shard_mb: float | int = 64,
     covariance: bool = False,
     rank: int | None = None,
     world_size: int | None = None,
@@ -204,10 +204,11 @@ def _fits(root: Path, job: Job) -> None:
         raise OSError(errno.ENOSPC, message)
 
 
+@runtime_checkable
 class Filler(Protocol):
     """Computes the rows of a shard of windows and hands them to the writer; returns how many."""
 
-    def shard(self, number: int, windows: list[Window], writer: Any, update: Callable[[int], Any], /) -> int:
+    def shard(self, number: int, windows: list[Window], writer: Sink, update: Callable[[int], Any], /) -> int:
         """Make one shard; `update` is told of rows as they are made."""
         ...
 

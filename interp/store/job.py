@@ -60,7 +60,7 @@ def describe(
     exclude: Sequence[str],
     add_bos: bool,
     separate: bool,
-    shard_mb: float,
+    shard_mb: float | int,
     covariance: bool,
 ) -> Job:
     """Return the job that the options of harvest_acts describe; raises ValueError for one that cannot be."""

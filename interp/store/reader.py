@@ -90,8 +90,10 @@ class Column:
             key = slice(key.start, key.stop, key.step) if key.step > 0 and key.start >= 0 else list(key)
         if isinstance(key, slice):
             start, stop, step = key.indices(n)
-            return self._between(start, stop)[::step] if step > 0 else self._rows(torch.arange(n)[key])
-        rows = torch.as_tensor(key)
+            if step > 0:
+                return self._between(start, stop)[::step]
+            key = list(range(start, stop, step))
+        rows = torch.as_tensor(key, dtype=torch.long if isinstance(key, list) and not key else None)
         if rows.dtype == torch.bool:
             if len(rows) != n:
                 raise IndexError(f"a mask of {len(rows):,} for {n:,} rows")
@@ -225,7 +227,7 @@ class ActivationStore:
         seed: int = 0,
         epochs: int | None = None,
         dtype: torch.dtype | None = None,
-        buffer_mb: float = 256,
+        buffer_mb: float | int = 256,
         **options: Any,
     ) -> Batches:
         """Return batches of rows: a true shuffle over the whole store in bounded memory, resumable at a row number.
@@ -240,7 +242,7 @@ class ActivationStore:
         names = [self.name(h) for h in ([hook] if isinstance(hook, str) else hook or self.hooks)]
         tables = {name: self[name].shards() for name in names}
         shards: Any = tables if hook is not None and not isinstance(hook, str) else tables[names[0]]
-        given = {"shuffle": shuffle, "seed": seed, "epochs": epochs, "dtype": dtype, "buffer_mb": buffer_mb}
+        given = {"shuffle": shuffle, "seed": seed, "epochs": epochs, "dtype": dtype, "buffer_mb": float(buffer_mb)}
         return Batches(shards, batch_size, **given, **options)
 
     @cached_property
@@ -267,12 +269,13 @@ class ActivationStore:
     def describe(self) -> dict[str, Any]:
         """Return what the store is, for people: what `interp info` prints."""
         settings = self.settings
-        planned = len(read_sealed(self.path / PLAN)["files"]) if (self.path / PLAN).exists() else None
+        plan = read_sealed(self.path / PLAN) if (self.path / PLAN).exists() else None
         found: dict[str, Any] = {
             "complete": self.complete,
             "shards": len(self.shards),
-            "shards_planned": planned,
+            "shards_planned": None if plan is None else len(plan["files"]),
             "rows": len(self),
+            "outliers_removed": plan["rows"] - len(self) if plan is not None and self.complete else None,
             "sequences": self.n_sequences,
             "documents": self.n_documents,
             "bytes": sum(r.bytes for r in self.shards),

@@ -15,7 +15,7 @@ from interp.store.job import tokenizer_fingerprint
 from interp.store.plan import Cut
 from interp.store.reader import ActivationStore, open_store
 from interp.store.shards import map_shard
-from interp.store.writer import DTYPES, Rows
+from interp.store.writer import DTYPES, Rows, Sink
 from sae.extras import MissingError
 from sae.io import FormatError
 
@@ -28,7 +28,7 @@ def store_vllm(
     model: str,
     tokenizer: Any = None,
     dtype: str | None = None,
-    shard_mb: float = 64,
+    shard_mb: float | int = 64,
     say: Callable[[str], None] | None = None,
 ) -> ActivationStore:
     """Take vLLM's extracted hidden states into a store, and return it.
@@ -117,7 +117,7 @@ class _Requests:
     def _keep(self, batch: Packed) -> Tensor:
         return batch.mask & ~batch.special
 
-    def shard(self, number: int, windows: list[Window], writer: Any, update: Callable[[int], Any], /) -> int:
+    def shard(self, number: int, windows: list[Window], writer: Sink, update: Callable[[int], Any], /) -> int:
         """Read the rows of a shard and hand them to the writer; returns how many."""
         kept = [~torch.isin(torch.from_numpy(w.ids), torch.tensor(self.special, dtype=torch.int32)) for w in windows]
         states: list[Tensor] = []

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -82,6 +82,15 @@ def _squared(rows: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
         wide = part.double()
         total.addmm_(wide.T, wide)
     return total
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """Takes the rows of shards; `done` is to be called once their buffers may be used again."""
+
+    def put(self, rows: Rows, done: Callable[[], None]) -> None:
+        """Take a shard."""
+        ...
 
 
 class Writer:
