@@ -1,7 +1,7 @@
 """Activations as data: rows at hook points, each with its token, position and document."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,7 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from interp.acts import documents as docs
-from interp.acts.gather import Gather, choose, choose_packed
+from interp.acts.gather import Chosen, Gather, choose, choose_packed, shown
+from interp.acts.generated import generate_rows
 from interp.acts.rows import DEFAULT_EXCLUDE, Exclude, Included, parse_exclude
 from interp.model import tokens
 from interp.model.hooks import canonical_name, expand, reading, unknown_hook
@@ -127,31 +128,61 @@ def capture_acts(
     excluded = parse_exclude(exclude)
     _check(batch_size, max_len, long, nonfinite)
     names = expand(model, hooks)
+    spellings = _spellings(model, hooks, names)
     prompt = generate is not None if add_generation_prompt is None else add_generation_prompt
     given = docs.read_documents(model, texts, add_bos=add_bos, add_generation_prompt=prompt)
-    wanted = _wanted(include, given)
+    if generate is not None:
+        if max_len is not None or long is not None:
+            raise ValueError("max_len and long have no meaning beside generate: give prompts that leave room to go on")
+        return _continued(
+            model, given, names, excluded, include, options=generate, batch_size=batch_size, dtype=dtype,
+            progress=progress, nonfinite=nonfinite, spellings=spellings,
+        )  # fmt: skip
     limit = min(max_len or model.n_ctx, model.n_ctx)
     how = long or ("error" if max_len is None else "cut")
+    wanted = _wanted(include, given)
     if how == "cut":
         given, kept = docs.trim(given, limit)
         wanted = None if wanted is None else wanted[kept]
     elif how == "error":
         docs.check_length(model, given, limit)
-    chosen = choose(model, given, excluded, wanted)
-    pieces = docs.Pieces(given, chosen.keep, limit, stride, model.bos_id)
-    widths = {name: model.hook_point(name).d for name in names}
-    gather = Gather(model, widths, chosen, dtype, nonfinite == "keep")
-    batch = None
+    gather = _gather(model, names, choose(model, given, excluded, wanted), dtype, nonfinite)
+    pieces = docs.Pieces(given, gather.chosen.keep, limit, stride, model.bos_id)
+    _run(model, gather, pieces, batch_size, progress)
+    return _acts(model, gather, spellings)
+
+
+def _gather(model: Model, names: list[str], chosen: Chosen, dtype: torch.dtype | None, nonfinite: str) -> Gather:
+    return Gather(model, {name: model.hook_point(name).d for name in names}, chosen, dtype, nonfinite == "keep")
+
+
+def _run(model: Model, gather: Gather, pieces: docs.Pieces, batch_size: int, progress: bool) -> None:
+    """Run the model over all pieces, each batch's rows into their places."""
+    batch: docs.Batch | None = None
 
     def note(name: str, value: Tensor) -> None:
         if batch is not None:
             gather.put(name, value, batch.where, batch.at)
 
-    with reading(model, names, note):
-        for members in _shown(pieces.batches(batch_size), progress):
+    with reading(model, gather.values, note):
+        for members in shown(pieces.batches(batch_size), progress):
             batch = pieces.batch(members)
             model.run(batch.ids, batch.mask)
-    return _acts(model, gather, _spellings(model, hooks, names))
+
+
+def _continued(
+    model: Model, given: docs.Documents, names: list[str], exclude: Exclude, include: Any, **options: Any
+) -> Acts:
+    """Return the rows of prompts and of what is written after them."""
+    nonfinite, spellings = options.pop("nonfinite"), options.pop("spellings")
+    written = generate_rows(model, given, names, **options)
+    chosen = choose(model, written.documents, exclude, _wanted(include, written.documents))
+    gather = _gather(model, names, chosen, options["dtype"], nonfinite)
+    for name in names:
+        gather.put(name, written.values.pop(name), chosen.rows, torch.arange(len(chosen.rows)))
+    ties = tuple(NearTie(*tie) for tie in written.near_ties)
+    acts = _acts(model, gather, spellings)
+    return replace(acts, is_new=written.is_new[gather.tokens], generated=written.generated, near_ties=ties)
 
 
 def capture_packed(
@@ -174,10 +205,9 @@ def capture_packed(
     _check(1, None, None, nonfinite)
     names = expand(model, hooks)
     spellings = _spellings(model, hooks, names)
-    widths = {name: model.hook_point(name).d for name in names}
     for batch in batches:
         chosen = choose_packed(model, batch, excluded)
-        gather = Gather(model, widths, chosen, dtype, nonfinite == "keep")
+        gather = _gather(model, names, chosen, dtype, nonfinite)
         places = torch.arange(len(chosen.rows))
         positions = batch.positions if isinstance(batch, tokens.Packed) and batch.masked else None
         with reading(model, names, partial(gather.put, where=chosen.rows, at=places)):
@@ -223,9 +253,9 @@ def _wanted(include: Any, given: docs.Documents) -> Bool[Tensor, " n"] | None:
     return torch.cat(masks) if masks else torch.zeros(0, dtype=torch.bool)
 
 
-def _acts(model: Model, gather: Gather, spellings: Mapping[str, str], **more: Any) -> Acts:
-    rows, removed, bad = gather.finish()
-    chosen = gather.chosen
+def _acts(model: Model, gather: Gather, spellings: Mapping[str, str]) -> Acts:
+    removed, bad = gather.finish()
+    chosen, rows = gather.chosen, gather.tokens
     return Acts(
         values=gather.values,
         token_ids=chosen.ids[rows],
@@ -238,7 +268,6 @@ def _acts(model: Model, gather: Gather, spellings: Mapping[str, str], **more: An
         n_layers=model.n_layers,
         removed=removed,
         nonfinite=bad,
-        **more,
     )
 
 
@@ -247,11 +276,3 @@ def _spellings(model: Model, hooks: str | Iterable[str], names: list[str]) -> di
     given = [hooks] if isinstance(hooks, str) else list(hooks)
     plain = {h: model.hook_point(h).name for h in given if not any(c in h for c in "*?[")}
     return {a: n for a, n in model.aliases.items() if n in names} | plain
-
-
-def _shown(batches: list[Tensor], progress: bool) -> Iterable[Tensor]:
-    if not progress:
-        return batches
-    from tqdm import tqdm
-
-    return tqdm(batches, desc="capture", unit="batch")

@@ -1,8 +1,9 @@
 """Rows on their way from the model into one tensor a hook point: what is kept, its place, and whether it is sound."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -89,7 +90,8 @@ class Gather:
         self, model: Model, widths: Mapping[str, int], chosen: Chosen, dtype: torch.dtype | None, keep_nonfinite: bool
     ):
         self.model, self.chosen, self.keep_nonfinite = model, chosen, keep_nonfinite
-        n = len(chosen.rows)
+        self.tokens = chosen.rows  # the token that each row is of
+        n = len(self.tokens)
         self.values = {name: torch.empty(n, d, dtype=dtype or model.dtype) for name, d in widths.items()}
         self.norms = {name: torch.empty(n) for name in widths} if chosen.exclude.outlier is not None else {}
         self.suspects: set[str] = set()
@@ -116,25 +118,25 @@ class Gather:
         if not self.keep_nonfinite:
             # at has the order of the batch; the first in the documents is named
             worst = int(bad[at[bad].argmin()])
-            token = int(self.chosen.rows[at[worst]])
+            token = int(self.tokens[at[worst]])
             document, position = int(self.chosen.numbers[token]), int(self.chosen.positions[token])
             raise nonfinite(name, document, position, rows[worst], self.model.name)
 
-    def finish(self) -> tuple[Int[Tensor, " rows"], dict[str, float], dict[str, Tensor]]:
-        """Take outliers out; return the token that each row is of, the shares removed, and rows that are not finite."""
+    def finish(self) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """Take outliers out; return the shares removed, and the rows that are not finite by hook point."""
         multiple = self.chosen.exclude.outlier
-        rows, removed = self.chosen.rows, dict(self.chosen.removed)
+        removed = dict(self.chosen.removed)
         if multiple is not None:
             keep = torch.ones(len(rows), dtype=torch.bool)
             for norms in self.norms.values():
                 keep &= ~(norms > multiple * norms.nanmedian()) if len(norms) else keep
             removed[f"outlier:{multiple:g}"] = int((~keep).sum())
             if not bool(keep.all()):
-                rows = rows[keep]
+                self.tokens = self.tokens[keep]
                 for values in self.values.values():
                     compact(values, keep)
         shares = {name: count / max(1, self.chosen.n_tokens) for name, count in removed.items()}
-        return rows, shares, {name: _nonfinite_rows(self.values[name]) for name in sorted(self.suspects)}
+        return shares, {name: _nonfinite_rows(self.values[name]) for name in sorted(self.suspects)}
 
 
 def compact(values: Float[Tensor, "n d"], keep: Bool[Tensor, " n"]) -> None:
@@ -150,3 +152,12 @@ def compact(values: Float[Tensor, "n d"], keep: Bool[Tensor, " n"]) -> None:
 def _nonfinite_rows(values: Float[Tensor, "n d"]) -> Int[Tensor, " bad"]:
     parts: Sequence[Tensor] = values.split(CHUNK)
     return (~torch.cat([part.isfinite().all(1) for part in parts])).nonzero().squeeze(1)
+
+
+def shown(batches: Sequence[Any], progress: bool) -> Iterable[Any]:
+    """Return the batches, with a bar on standard error where asked."""
+    if not progress:
+        return batches
+    from tqdm import tqdm
+
+    return tqdm(batches, desc="capture", unit="batch")
