@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -163,8 +163,9 @@ def seal(root: Path) -> bool:
             path.unlink(missing_ok=True)
         for folder in (root, root / "acts", root / "tokens", root / "tokenizer"):
             sweep_temporaries(folder)
-    with suppress(OSError):
-        (root / ".lock-seal").unlink()
+    for path in root.glob(".lock-*"):
+        with suppress(Timeout, OSError), FileLock(path, timeout=0):
+            path.unlink()
     return True
 
 
