@@ -1,6 +1,6 @@
 """Harvest with Ray: each worker of a `map_batches` is one rank of `interp.harvest_acts`, and the store is that of one.
 
-    python experiments/ray_harvest/run.py MODEL --hook resid_post.2 --dataset text:FILE --tokens 2M --out acts --workers 8
+    python experiments/ray_harvest/run.py tiny --hook resid_post.2 --dataset text:FILE --tokens 2M --out acts
 
 The workers need the folder `--out` in common (a shared file system), and each loads the model once. Ray gives out the
 ranks and starts a dead one again; which shards are whose, what is done already and the seal are the store's own affair.
