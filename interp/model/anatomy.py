@@ -1,15 +1,22 @@
-"""Where a model family keeps its embedding, blocks, attention, MLP, final norm and head, found and checked once."""
+"""Where a model keeps its blocks, their parts, its embedding, final norms and head: found and checked once."""
 
-import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+from interp.model.forward import (
+    Probe,
+    embedding,
+    eval_mode,
+    is_two_streamed,
+    kept_rng,
+    probe_call,
+    text_config,
+    unmarked,
+)
+from interp.model.parts import Added, Part, added, final_norm, inside, plain_tail, token_embedding
 
 BLOCK_PATHS = (
     "model.layers",
@@ -19,14 +26,8 @@ BLOCK_PATHS = (
     "model.language_model.layers",
     "backbone.layers",
 )
-# Their hidden_states follow another convention (value before or after the mixer), so the self-check cannot hold.
-STATE_SPACE = frozenset({"mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"})
-# In order of trial: a post-norm is what is added to the stream where it exists; the inner linear where the module adds
-# the residual itself (Bloom). Every choice is verified by resid_pre + attn_out + mlp_out == resid_post.
-ATTN_NAMES = ("self_attn", "attn", "attention", "self_attention", "linear_attn", "temporal_block")
-MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "feedforward", "fc2")
-ATTN_ADDED = ("post_self_attn_layernorm", "post_attention_layernorm", *ATTN_NAMES, "self_attention.dense")
-MLP_ADDED = ("post_mlp_layernorm", "post_feedforward_layernorm", *MLP_NAMES, "mlp.dense_4h_to_h")
+_SIZES = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_layers")
+BLOCKS, ENCODER, DECODER = "blocks", "encoder_blocks", "decoder_blocks"
 
 
 class AnatomyError(ValueError):
@@ -34,317 +35,194 @@ class AnatomyError(ValueError):
 
 
 @dataclass(frozen=True)
-class Part:
-    """One side of a module: its first input or its (first) output is a tensor in the residual stream."""
+class Stack:
+    """One residual stream: the blocks that it runs through, and the parts that hooks attach to."""
 
-    module: nn.Module
-    side: str  # "input" | "output"
+    prefix: str  # "blocks"; "encoder_blocks" and "decoder_blocks" where a model has two streams
     path: str
+    blocks: list[nn.Module]
+    added: list[Added]
+    final_norm: Part | None
+    d_model: int
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The parts of a causal language model that hooks attach to."""
+    """The streams of a model (an encoder-decoder's decoder last), its embedding and what makes its logits."""
 
-    blocks: list[nn.Module]
-    blocks_path: str
-    embed: Part
-    attn: list[Part | None]  # the tensor added to the stream; None where it could not be established
-    mlp: list[Part | None]
-    mid: list[Part | None]
-    final_norm: Part | None
+    stacks: list[Stack]
+    embed: Part | None
+    has_logits: bool
     tail: list[nn.Module] | None  # modules from the last block to the logits; None: only a whole forward gives them
-    d_model: int
+
+    @property
+    def main(self) -> Stack:
+        """The stream that the logits are made of."""
+        return self.stacks[-1]
 
 
-def text_config(hf: nn.Module) -> Any:
-    """Return the configuration of the text model (the inner one of a composite model)."""
-    config: Any = hf.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+def block_lists(hf: nn.Module) -> dict[str, nn.ModuleList]:
+    """Return by path the ModuleLists that lie in no other, likely ones first.
 
-
-def first_tensor(value: Any) -> Any:
-    """Return the hidden state in a module's output: the value itself or the first entry of a tuple or list."""
-    return value[0] if isinstance(value, (tuple, list)) and value else value
-
-
-def replace_first(value: Any, new: Tensor) -> Any:
-    """Return `value` with its hidden state replaced, type and tail kept."""
-    if isinstance(value, tuple):
-        return (new, *value[1:])
-    return [new, *value[1:]] if isinstance(value, list) else new
-
-
-def block_input(args: tuple, kwargs: dict) -> Any:
-    """Return the hidden state that a module is called with: the first positional, else `hidden_states`."""
-    return args[0] if args else kwargs.get("hidden_states")
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Switch every submodule to evaluation, and restore each one's own mode."""
-    training = [m for m in model.modules() if m.training]
-    for m in training:
-        m.training = False
-    try:
-        yield
-    finally:
-        for m in training:
-            m.training = True
-
-
-_HOOK_DICTS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks")
-
-
-@contextmanager
-def unmarked(model: nn.Module) -> Iterator[None]:
-    """Take back hooks and attributes that a forward leaves on the modules.
-
-    transformers installs lasting hooks at the first call with output_hidden_states.
+    Known paths come first, then those of as many entries as the configuration has layers, then the longer ones.
     """
-    before = [(m, set(vars(m)), {k: set(getattr(m, k)) for k in _HOOK_DICTS}) for m in model.modules()]
-    try:
-        yield
-    finally:
-        for module, names, hooks in before:
-            for name in set(vars(module)) - names:
-                delattr(module, name)
-            for key, ids in hooks.items():
-                held = getattr(module, key)
-                for added in set(held) - ids:
-                    del held[added]
+    lists: dict[str, nn.ModuleList] = {}
+    for path, module in hf.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) and not any(path.startswith(f"{p}.") for p in lists):
+            lists[path] = module
+    config = text_config(hf)
+    sizes = {getattr(config, name, None) for name in _SIZES}
+
+    def unlikely(path: str) -> tuple:
+        return len(lists[path]) not in sizes, path not in BLOCK_PATHS, -len(lists[path])
+
+    return {path: lists[path] for path in sorted(lists, key=unlikely)}
 
 
-@contextmanager
-def kept_rng(device: torch.device) -> Iterator[None]:
-    """Leave the random state of the CPU and of `device` as it was."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield
-
-
-def accepts(module: nn.Module, name: str) -> bool:
-    """Whether the forward of `module` names the parameter `name`."""
-    inner: Any = module.get_base_model() if hasattr(module, "get_base_model") else module  # type: ignore[operator]
-    return name in inspect.signature(inner.forward).parameters
-
-
-def find_blocks(hf: nn.Module, override: str | None = None) -> tuple[str, nn.ModuleList]:
-    """Return path and list of the transformer blocks.
-
-    By `override`, else by the table of known paths, else the first ModuleList of as many entries as the
-    configuration has layers. Raises AnatomyError where none fits.
-    """
-    n = getattr(text_config(hf), "num_hidden_layers", None)
-    lists = {path: m for path, m in hf.named_modules() if isinstance(m, nn.ModuleList)}
-    if override is not None:
-        if override not in lists:
-            raise AnatomyError(f"blocks={override!r} is no ModuleList of {type(hf).__name__}: {', '.join(lists)}")
-        return override, lists[override]
-    for path in (*BLOCK_PATHS, *lists):
-        if path in lists and len(lists[path]) == n:
-            return path, lists[path]
-    raise AnatomyError(
-        f"found no list of {n} blocks in {type(hf).__name__}; name it with blocks='a.b.c', one of: {', '.join(lists)}"
-    )
-
-
-def _copy(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
-
-
-class Probe:
-    """Record inputs and outputs of chosen modules in one small forward."""
-
-    def __init__(self, modules: dict[str, nn.Module]):
-        self.modules, self.inputs, self.outputs = modules, {}, {}
-
-    def run(self, call: Any) -> Any:
-        handles = []
-        try:
-            for name, module in self.modules.items():
-                handles.append(module.register_forward_hook(self._keep(name), with_kwargs=True))
-            return call()
-        finally:
-            for h in handles:
-                h.remove()
-
-    def _keep(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            # copied: some families add to these tensors in place afterwards (Falcon)
-            self.inputs[name] = _copy(block_input(args, kwargs))
-            self.outputs[name] = _copy(first_tensor(output))
-
-        return hook
-
-
-def sums_to(target: Tensor, *parts: Tensor) -> bool:
-    """Whether `target` is the sum of `parts` up to rounding, judged element by element."""
-    if any(not isinstance(p, Tensor) or p.numel() != target.numel() for p in parts):
-        return False
-    eps = max(torch.finfo(p.dtype).eps for p in (target, *parts))
-    wide = [p.reshape(target.shape).to(target.device, torch.float32) for p in parts]
-    bound = sum(p.abs() for p in wide) + target.float().abs()
-    return bool(((sum(wide) - target.float()).abs() <= 4 * eps * bound).all())
-
-
-def probe_ids(hf: nn.Module) -> Int[Tensor, "2 5"]:
-    """Return a fixed 2 x 5 batch of pseudo-random token ids on the embedding's device."""
-    embed: Any = hf.get_input_embeddings()  # type: ignore[operator]
-    n = int(getattr(text_config(hf), "vocab_size", 0) or embed.weight.shape[0])
-    ids = torch.randint(0, n, (2, 5), generator=torch.Generator().manual_seed(0))
-    return ids.to(next(embed.parameters()).device)
-
-
-def _candidates(block: nn.Module, names: tuple[str, ...]) -> list[tuple[str, nn.Module]]:
-    found = dict(block.named_modules())
-    return [(n, found[n]) for n in names if n in found]
-
-
-def _watched(hf: nn.Module, path: str, blocks: nn.ModuleList) -> dict[str, nn.Module]:
-    """List by path the modules whose values the self-check looks at."""
+def _watched(hf: nn.Module, lists: dict[str, nn.ModuleList]) -> dict[str, nn.Module]:
+    """List by path the modules whose values the check looks at."""
     watched: dict[str, nn.Module] = {}
-    for i, block in enumerate(blocks):
-        watched[f"{path}.{i}"] = block
-        named = [*block.named_children(), *_candidates(block, (*ATTN_ADDED, *MLP_ADDED))]
-        watched.update({f"{path}.{i}.{name}": m for name, m in named})
-    owner = path.rpartition(".")[0]
-    for name, m in hf.get_submodule(owner).named_children():
-        if not isinstance(m, nn.ModuleList):
-            watched[f"{owner}.{name}" if owner else name] = m
-    embed: Any = hf.get_input_embeddings()  # type: ignore[operator]
+    for path, blocks in lists.items():
+        for i, block in enumerate(blocks):
+            watched[f"{path}.{i}"] = block
+            watched.update({f"{path}.{i}.{name}": m for name, m in inside(block).items()})
+        owner = path.rpartition(".")[0]
+        for name, m in hf.get_submodule(owner).named_children():
+            if not isinstance(m, nn.ModuleList):
+                watched[f"{owner}.{name}" if owner else name] = m
+    embed = embedding(hf)
     if all(m is not embed for m in watched.values()):
         watched[next(name for name, m in hf.named_modules() if m is embed)] = embed
     return watched
 
 
-def _check_blocks(hf: nn.Module, path: str, n: int, seen: Probe, hidden: Any) -> None:
-    """Raise AnatomyError where the blocks' values are not the model's own hidden states (but the last)."""
-    missing = [i for i in range(n) if f"{path}.{i}" not in seen.outputs]
-    if missing:
-        raise AnatomyError(f"{type(hf).__name__}: block {path}.{missing[0]} does not run; name the blocks with blocks=")
-    stream = seen.outputs[f"{path}.0"]
-    if not (isinstance(stream, Tensor) and stream.ndim == 3):
-        got = f"{stream.ndim}-D tensors" if isinstance(stream, Tensor) else f"a {type(stream).__name__}"
-        raise AnatomyError(f"{type(hf).__name__}: {path}.0 passes on {got}, not one stream [batch, position, width]")
-    if getattr(text_config(hf), "model_type", "") in STATE_SPACE:
-        return
+def _fault(path: str, n: int, seen: Probe, hidden: Any, shape: tuple[int, int], sure: bool) -> str:
+    """Say why the n modules at `path` are not the blocks of one residual stream; "" where they are.
+
+    Their inputs and outputs must be the model's hidden states bit for bit (the last output aside, which those give
+    after the final norm), or, for state-space models, which count from the first output, their outputs must. Without
+    as many hidden states to compare with, each block must take what the one before gives, and the list be `sure`: of
+    the configuration's length, or named by the user.
+    """
+    names = [f"{path}.{i}" for i in range(n)]
+    for name in names:
+        if seen.calls[name] != 1:
+            return f"block {name} " + (
+                f"runs {seen.calls[name]} times in a forward" if seen.calls[name] else "does not run"
+            )
+        for value in (seen.inputs.get(name), seen.outputs.get(name)):
+            if not (isinstance(value, Tensor) and value.ndim == 3 and value.is_floating_point()):
+                got = f"{value.ndim}-D tensors" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+                return f"{name} passes on {got}, not one stream [batch, position, width]"
+            if tuple(value.shape[:2]) != shape:
+                tokens = f"{shape[0]} x {shape[1]} tokens"
+                return f"{name} passes on {list(value.shape)} for {tokens}, not [batch, position, width]"
+    ins, outs = [seen.inputs[x] for x in names], [seen.outputs[x] for x in names]
     if hidden and len(hidden) == 2 * n + 1:  # transformers counts a bridge's block and the OPT block inside it
         hidden = hidden[::2]
     if hidden is None or len(hidden) != n + 1:
-        raise AnatomyError(f"{type(hf).__name__} returns no {n + 1} hidden_states to check {path} against")
-    for i in range(n):
-        pairs = [(seen.inputs[f"{path}.{i}"], hidden[i], f"input of {path}.{i}", i)]
-        if i < n - 1:  # the last hidden state is after the final norm
-            pairs.append((seen.outputs[f"{path}.{i}"], hidden[i + 1], f"output of {path}.{i}", i + 1))
-        for value, want, what, at in pairs:
-            if not (isinstance(value, Tensor) and value.shape == want.shape and torch.equal(value, want)):
-                raise AnatomyError(
-                    f"{type(hf).__name__}: the {what} is not hidden_states[{at}]; name the blocks with blocks='a.b.c'"
-                )
+        broken = next((i for i in range(1, n) if not _same(ins[i], outs[i - 1])), None)
+        if broken is not None:
+            return f"the input of {names[broken]} is not the output of the block before"
+        return "" if sure else f"there are no {n + 1} hidden states to check {path} against"
+    if all(_same(outs[i], hidden[i]) for i in range(n)) and all(_same(ins[i + 1], outs[i]) for i in range(n - 1)):
+        return ""
+    for i, name in enumerate(names):
+        if not _same(ins[i], hidden[i]):
+            return f"the input of {name} is not hidden_states[{i}]"
+        if i < n - 1 and not _same(outs[i], hidden[i + 1]):
+            return f"the output of {name} is not hidden_states[{i + 1}]"
+    return ""
 
 
-def _added_parts(path: str, block: nn.Module, seen: Probe) -> tuple[Part | None, Part | None, Part | None]:
-    """Return attn_out, mlp_out and resid_mid of one block as far as the sums establish them."""
-    pre, post = seen.inputs[path], seen.outputs[path]
-    pairs = product(_candidates(block, ATTN_ADDED), _candidates(block, MLP_ADDED))
-    for (a_name, a), (m_name, m) in pairs:
-        a_out, m_out = seen.outputs.get(f"{path}.{a_name}"), seen.outputs.get(f"{path}.{m_name}")
-        if a_out is None or m_out is None or not sums_to(post, pre, a_out, m_out):
-            continue
-        attn, mlp = Part(a, "output", f"{path}.{a_name}"), Part(m, "output", f"{path}.{m_name}")
-        for name, child in block.named_children():
-            value = seen.inputs.get(f"{path}.{name}")
-            if isinstance(value, Tensor) and value.shape[-1] == pre.shape[-1] and sums_to(value, pre, a_out):
-                return attn, mlp, Part(child, "input", f"{path}.{name}")
-        return attn, mlp, None
-    return None, None, None
+def _same(value: Any, want: Any) -> bool:
+    return isinstance(want, Tensor) and value.shape == want.shape and torch.equal(value, want.to(value.device))
 
 
-def _final_norm(path: str, last: str, seen: Probe) -> Part | None:
-    """Return the norm beside the blocks that is fed with the last block's output."""
-    out = seen.outputs[last]
-    for name, module in seen.modules.items():
-        label = f"{name.rpartition('.')[2]} {type(module).__name__}".lower()
-        value = seen.inputs.get(name)
-        if name.startswith(f"{path}.") or not ("norm" in label or "ln" in label):
-            continue
-        if isinstance(value, Tensor) and value.shape == out.shape and torch.equal(value, out):
-            return Part(module, "output", name)
-    return None
+def _choose(
+    hf: nn.Module, lists: dict[str, nn.ModuleList], seen: Probe, hidden: Any, shape: Any, override: bool
+) -> str:
+    """Return the path of the first list that is the blocks of a stream; raises AnatomyError where none is."""
+    config, faults = text_config(hf), []
+    sizes = {getattr(config, name, None) for name in _SIZES}
+    for path, blocks in lists.items():
+        fault = _fault(path, len(blocks), seen, hidden, shape, override or len(blocks) in sizes)
+        if not fault:
+            return path
+        faults.append(fault)
+    label = type(hf).__name__
+    if not faults:
+        raise AnatomyError(f"{label} has no list of blocks: interp reads models that keep theirs in a ModuleList")
+    hint = "" if override else f" (looked at: {', '.join(lists)}; blocks='a.b.c' names another list)"
+    raise AnatomyError(f"{label}: {faults[0]}{hint}")
 
 
-def _embedding(path: str, seen: Probe, embed: nn.Module) -> Part:
-    """Return the token embedding as the stream takes it: after a norm of its own where there is one (Bloom)."""
-    owner = path.rpartition(".")[0]
-    name = next(n for n, m in seen.modules.items() if m is embed)
-    normed = f"{owner}.word_embeddings_layernorm".lstrip(".")
-    if normed in seen.outputs:
-        return Part(seen.modules[normed], "output", normed)
-    return Part(embed, "output", name)
-
-
-def finish_logits(hf: nn.Module, logits: Float[Tensor, "*rows v"]) -> Float[Tensor, "*rows v"]:
-    """Apply the family's scale and soft cap to the head's output (Cohere, Granite, Falcon-H1, Gemma-2)."""
-    config = text_config(hf)
-    for name in ("logit_scale", "lm_head_multiplier"):
-        factor = getattr(config, name, None)
-        if isinstance(factor, (int, float)):
-            logits = logits * factor
-    if isinstance(getattr(config, "logits_scaling", None), (int, float)):
-        logits = logits / config.logits_scaling
-    cap = getattr(config, "final_logit_softcapping", None)
-    return logits if cap is None else torch.tanh(logits / cap) * cap
-
-
-def _tail(hf: nn.Module, path: str, norm: Part | None, last: Tensor, logits: Tensor) -> list[nn.Module] | None:
-    """Return the modules that make the logits out of the last block, or None if that does not reproduce them."""
-    head: Any = hf.get_output_embeddings()  # type: ignore[operator]
-    project = getattr(hf.get_submodule(path.rpartition(".")[0]), "project_out", None)
-    if head is None:
-        return None
-    tail = [m for m in (norm.module if norm else None, project, head) if m is not None]
-    x = last
-    try:
-        for module in tail:
-            weight = next(module.parameters(), x)  # OLMo's norm has none
-            x = module(x.to(weight.device))
-        x = finish_logits(hf, x)
-    except (RuntimeError, TypeError):  # shapes or call do not fit: this family's tail is not a plain chain
-        return None
-    eps = torch.finfo(logits.dtype).eps
-    fits = x.shape == logits.shape and bool((x - logits).abs().max() <= 8 * eps * logits.abs().max())
-    return tail if fits else None
+def _prefixes(hf: nn.Module, lists: dict[str, nn.ModuleList]) -> dict[str, dict[str, nn.ModuleList]]:
+    """Return the lists to choose from by stream."""
+    if not is_two_streamed(hf):
+        return {BLOCKS: lists}
+    sides = {ENCODER: hf.get_encoder(), DECODER: hf.get_decoder()}  # type: ignore[operator]
+    found = {}
+    for prefix, side in sides.items():
+        own = {id(m) for m in side.modules()}
+        found[prefix] = {path: m for path, m in lists.items() if id(m) in own}
+    return found
 
 
 def dissect(hf: nn.Module, blocks: str | None = None) -> Anatomy:
-    """Find the parts of a Hugging Face causal language model and check them in one 2 x 5 forward.
+    """Find the parts of a Hugging Face language model and check them in one 2 x 5 forward.
 
-    Block inputs and outputs must equal the model's own hidden_states bit for bit (the last output aside, which they
-    give after the final norm; state-space models aside). attn_out and mlp_out are kept only where
-    resid_pre + attn_out + mlp_out is resid_post. The model is left as it was.
-    Raises AnatomyError where the blocks are not found or the check fails.
+    Blocks: the list at path `blocks`, else the first list that passes the check of `_fault`. attn_out and mlp_out are
+    kept only where resid_pre + attn_out + mlp_out is resid_post. The model is left as it was.
+    Raises AnatomyError where the blocks are not found or the check fails, or weights are not there (meta device).
     """
-    path, modules = find_blocks(hf, blocks)
-    seen = Probe(_watched(hf, path, modules))
-    ids = probe_ids(hf)
-    embed: Any = hf.get_input_embeddings()  # type: ignore[operator]
-    options = {"use_cache": False} if accepts(hf, "use_cache") else {}
+    _need_weights(hf)
+    lists = block_lists(hf)
+    if blocks is not None:
+        module = dict(hf.named_modules()).get(blocks)
+        if not isinstance(module, nn.ModuleList):
+            raise AnatomyError(f"blocks={blocks!r} is no ModuleList of {type(hf).__name__}: {', '.join(lists)}")
+        lists = {blocks: module}
+    seen = Probe(_watched(hf, lists))
+    given = probe_call(hf)
+    ids = given["input_ids"]
     with torch.no_grad(), kept_rng(ids.device), unmarked(hf), eval_mode(hf):
-        out = seen.run(lambda: hf(input_ids=ids, output_hidden_states=True, **options))
-        n = len(modules)
-        _check_blocks(hf, path, n, seen, getattr(out, "hidden_states", None))
-        last = f"{path}.{n - 1}"
-        norm = _final_norm(path, last, seen)
-        tail = _tail(hf, path, norm, seen.outputs[last], out.logits)
-    parts = [_added_parts(f"{path}.{i}", block, seen) for i, block in enumerate(modules)]
-    return Anatomy(
-        blocks=list(modules),
-        blocks_path=path,
-        embed=_embedding(path, seen, embed),
-        attn=[p[0] for p in parts],
-        mlp=[p[1] for p in parts],
-        mid=[p[2] for p in parts],
-        final_norm=norm,
-        tail=tail,
-        d_model=int(seen.outputs[last].shape[-1]),
-    )
+        try:
+            out = seen.run(lambda: hf(**given, output_hidden_states=True))
+        except (TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError) as error:
+            raise AnatomyError(f"{type(hf).__name__} cannot run on token ids alone: {_line(error)}") from error
+        stacks = []
+        for prefix, own in _prefixes(hf, lists).items():
+            stem = "" if prefix == BLOCKS else prefix.replace("blocks", "")
+            shape = tuple(given["decoder_input_ids" if prefix == DECODER else "input_ids"].shape)
+            path = _choose(hf, own, seen, getattr(out, f"{stem}hidden_states", None), shape, blocks is not None)
+            stacks.append(_stack(prefix, path, own[path], seen))
+        main, logits = stacks[-1], getattr(out, "logits", None)
+        last = seen.outputs[f"{main.path}.{len(main.blocks) - 1}"]
+        has_logits = isinstance(logits, Tensor) and logits.ndim == 3 and logits.shape[:2] == last.shape[:2]
+        tail = plain_tail(hf, main.path, main.final_norm, last, logits) if has_logits else None
+    return Anatomy(stacks, token_embedding(main.path, seen, embedding(hf)), has_logits, tail)
+
+
+def _stack(prefix: str, path: str, blocks: nn.ModuleList, seen: Probe) -> Stack:
+    last = f"{path}.{len(blocks) - 1}"
+    parts = [added(f"{path}.{i}", block, seen) for i, block in enumerate(blocks)]
+    return Stack(prefix, path, list(blocks), parts, final_norm(path, last, seen), int(seen.outputs[last].shape[-1]))
+
+
+def _need_weights(hf: nn.Module) -> None:
+    """Raise AnatomyError for weights on the meta device that nothing fetches (accelerate's offloading does)."""
+    for name, module in hf.named_modules():
+        if hasattr(module, "_hf_hook"):
+            continue
+        for own, value in module.named_parameters(recurse=False):
+            if value.is_meta:
+                full = f"{name}.{own}" if name else own
+                raise AnatomyError(
+                    f"{full} of {type(hf).__name__} is on the meta device: it has a shape and no values; load weights"
+                )
+
+
+def _line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else 'no message'}"

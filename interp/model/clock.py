@@ -1,6 +1,5 @@
 """Which columns of the text a forward pass is working on, in plain calls and inside generate."""
 
-import inspect
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +9,8 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
+
+from interp.model.forward import parameters_of
 
 
 @dataclass(frozen=True)
@@ -95,20 +96,29 @@ def quiet(hf: nn.Module) -> Iterator[None]:
 
 
 class Watch:
-    """Read the clock at the start of every outermost forward of a model, while attached.
+    """Note what every outermost forward through `roots` works on, while attached: its shape, and its clock.
 
-    Attached to every module from the causal LM down to the owner of the blocks, so that calling `base_model` directly
-    works too; only the outermost call of a nest is read. With `prompts=True` the model's generate is shadowed by an
-    instance attribute that notes the prompt, and restored by `detach`.
+    `roots` are the nested modules whose call carries the token ids: from the causal LM down to the owner of the blocks,
+    so that calling `base_model` directly works too; only the outermost call of a nest is read. Without `special_ids`
+    only the shape is noted, which costs next to nothing. With `prompts=True` the model's generate is shadowed by an
+    instance attribute that notes the prompt (`decoder`: the decoder's own), and restored by `detach`.
     """
 
-    def __init__(self, hf: nn.Module, blocks_path: str, special_ids: frozenset[int], on_start: Callable | None = None):
-        parts = blocks_path.split(".")[:-1]
+    def __init__(
+        self,
+        hf: nn.Module,
+        roots: list[nn.Module],
+        special_ids: frozenset[int] | None = None,
+        on_start: Callable | None = None,
+        decoder: bool = False,
+    ):
         self.hf: Any = hf
-        self.roots = [hf, *(hf.get_submodule(".".join(parts[: i + 1])) for i in range(len(parts)))]
-        self.special_ids = sorted(special_ids)
+        self.roots = roots
+        self.special_ids = None if special_ids is None else sorted(special_ids)
         self.on_start = on_start
+        self.decoder = decoder
         self.clock: Clock | None = None
+        self.shape: tuple[int, int] | None = None  # rows and columns of the pass
         self._depth = 0
         self._prompt: tuple[int, Tensor | None] | None = None
         self._fed = 0  # columns of this generate so far: the clock of a cache that does not count
@@ -124,7 +134,7 @@ class Watch:
     def attach(self, prompts: bool = True) -> None:
         """Register the hooks (and shadow generate)."""
         for root in self.roots:
-            names = tuple(inspect.signature(root.forward).parameters)
+            names = tuple(parameters_of(root.forward))
             self._handles.append(root.register_forward_pre_hook(self._starter(names), with_kwargs=True))
             self._handles.append(root.register_forward_hook(self._end, always_call=True))
         if prompts and hasattr(self.hf, "generate"):
@@ -145,7 +155,14 @@ class Watch:
         def start(module: nn.Module, args: tuple, kwargs: dict) -> None:
             self._depth += 1
             if self._depth == 1 and not self.quiet:
-                self.clock = self._read(dict(zip(names, args, strict=False)) | kwargs, args)
+                given = dict(zip(names, args, strict=False)) | kwargs
+                ids = given.get("input_ids", args[0] if args and "inputs_embeds" not in given else None)
+                source = ids if ids is not None else given.get("inputs_embeds")
+                if not isinstance(source, Tensor):
+                    raise TypeError("a forward pass inside reading or editing needs input_ids or inputs_embeds")
+                self.shape = (int(source.shape[0]), int(source.shape[1]))
+                if self.special_ids is not None:
+                    self.clock = self._read(given, source, ids is not None)
                 if self.on_start is not None:
                     self.on_start()
 
@@ -154,11 +171,7 @@ class Watch:
     def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
         self._depth -= 1
 
-    def _read(self, given: dict[str, Any], args: tuple) -> Clock:
-        ids = given.get("input_ids", args[0] if args and "inputs_embeds" not in given else None)
-        source = ids if ids is not None else given.get("inputs_embeds")
-        if not isinstance(source, Tensor):
-            raise TypeError("a forward pass inside reading or editing needs input_ids or inputs_embeds")
+    def _read(self, given: dict[str, Any], source: Tensor, by_id: bool) -> Clock:
         rows, q = int(source.shape[0]), int(source.shape[1])
         mask = given.get("attention_mask")
         cache = given.get("past_key_values", given.get("cache_params"))
@@ -172,7 +185,7 @@ class Watch:
         real = full_mask(mask, prompt, rows, past, q, source.device)
         positions = torch.where(real, real.long().cumsum(1) - 1, -1)
         special = torch.zeros(rows, q, dtype=torch.bool, device=source.device)
-        if ids is not None and self.special_ids:
+        if by_id and self.special_ids:
             special = torch.isin(source, torch.tensor(self.special_ids, device=source.device))
         columns = past + torch.arange(q, device=source.device)
         return Clock(past, columns, real[:, past:], special, positions[:, past:], width)
@@ -182,7 +195,8 @@ class Watch:
         generate = self.hf.generate
 
         def shadow(*args: Any, **kwargs: Any) -> Any:
-            before, self._prompt, self._fed = self._prompt, _prompt_of(args, kwargs), 0
+            prompt = _decoder_prompt(self.hf, kwargs) if self.decoder else _prompt_of(args, kwargs)
+            before, self._prompt, self._fed = self._prompt, prompt, 0
             try:
                 return generate(*args, **kwargs)
             finally:
@@ -199,3 +213,14 @@ def _prompt_of(args: tuple, kwargs: dict) -> tuple[int, Tensor | None]:
     mask = kwargs.get("attention_mask")
     width = 1 if source is None else int(source.shape[1])  # without any input generate starts from one BOS
     return width, mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def _decoder_prompt(hf: Any, kwargs: dict) -> tuple[int, Tensor | None]:
+    """Return width and mask of what generate starts an encoder-decoder's decoder from: its start token, or more."""
+    ids, mask = kwargs.get("decoder_input_ids"), kwargs.get("decoder_attention_mask")
+    if not isinstance(ids, Tensor):
+        return 1, None
+    start = getattr(hf.generation_config, "decoder_start_token_id", None)
+    added = 0 if start is None or bool((ids[:, 0] == start).all()) else 1  # generate puts it in front
+    mask = torch.nn.functional.pad(mask, (added, 0), value=1) if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    return int(ids.shape[1]) + added, mask

@@ -5,25 +5,26 @@ import fnmatch
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from interp.model.anatomy import block_input, first_tensor, replace_first
+from interp.model.anatomy import BLOCKS, DECODER
 from interp.model.clock import Clock, Watch
+from interp.model.forward import block_input, first_tensor, replace_first
 
 if TYPE_CHECKING:
-    from interp.model.loading import Model
+    from interp.model.core import Model
 
 __all__ = ["Clock", "HookPoint", "HookPointError", "StopForward", "canonical_name", "editing", "expand", "reading"]
 
-BLOCK_KINDS = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+BLOCK_KINDS = ("resid_pre", "attn_out", "cross_attn_out", "resid_mid", "mlp_out", "resid_post")
 EMBED, FINAL_NORM = "hook_embed", "ln_final.hook_out"
 _KINDS = "|".join(BLOCK_KINDS)
-_SHORT = re.compile(rf"({_KINDS})\.(-?\d+)")
-_ALIAS = re.compile(rf"blocks\.(-?\d+)\.(?:hook_)?({_KINDS}|in|out)")
+_SHORT = re.compile(rf"(?:(encoder|decoder)\.)?({_KINDS})\.(-?\d+)")
+_ALIAS = re.compile(rf"(?:(encoder|decoder)[_.])?blocks\.(-?\d+)\.(?:hook_)?({_KINDS}|in|out)")
 _TOP = {
     "embed": EMBED,
     "embed.hook_out": EMBED,
@@ -31,6 +32,9 @@ _TOP = {
     "final_norm": FINAL_NORM,
     "ln_final": FINAL_NORM,
     FINAL_NORM: FINAL_NORM,
+    **{f"{side}.final_norm": f"{side}_{FINAL_NORM}" for side in ("encoder", "decoder")},
+    **{f"{side}_ln_final": f"{side}_{FINAL_NORM}" for side in ("encoder", "decoder")},
+    **{f"{side}_{FINAL_NORM}": f"{side}_{FINAL_NORM}" for side in ("encoder", "decoder")},
 }
 
 
@@ -47,16 +51,22 @@ class StopForward(Exception):
 
 @dataclass(frozen=True)
 class HookPoint:
-    """A named place of width `d` in a model; `layer` is None outside the blocks.
+    """A named place of width `d` in a model, and what the tensor there is; `layer` is None outside the blocks.
 
-    The name is TransformerLens's alias ("blocks.2.hook_resid_post"); a place known by its module path alone has kind
-    "module".
+    The name is TransformerLens's alias ("blocks.2.hook_resid_post"; "encoder_blocks.2.hook_resid_post" in a model of
+    two streams); a place known by its module path alone has kind "module".
     """
 
     name: str
     kind: str
     layer: int | None
     d: int
+    meaning: str = field(default="", compare=False)
+
+    @property
+    def shape(self) -> str:
+        """The shape of a batch's values there."""
+        return f"[batch, pos, {self.d}]"
 
 
 @dataclass(frozen=True)
@@ -67,31 +77,40 @@ class Place:
     module: nn.Module
     side: str  # "input" | "output"
     after: "Place | None" = None  # resid_mid: the resid_post of its block, which an edit has to reach too
+    stack: str = BLOCKS  # the stream that it lies in
 
 
-def canonical_name(name: str, n_layers: int | None = None) -> str | None:
+def canonical_name(name: str, n_layers: int | Mapping[str, int] | None = None) -> str | None:
     """Return TransformerLens's alias for an accepted spelling, or None if `name` is none of them by its form.
 
-    `resid_post.6`, `blocks.6.hook_out`, `blocks.6.resid_post` -> `blocks.6.hook_resid_post`; negative layers count
-    from the end where `n_layers` is given.
+    `resid_post.6`, `blocks.6.hook_out`, `blocks.6.resid_post` -> `blocks.6.hook_resid_post`; `encoder.resid_post.6` ->
+    `encoder_blocks.6.hook_resid_post`. Negative layers count from the end where `n_layers` (of each stream, by prefix,
+    where there are two) is given.
     """
     if name in _TOP:
         return _TOP[name]
     if match := _SHORT.fullmatch(name):
-        kind, layer = match[1], int(match[2])
+        side, kind, layer = match[1], match[2], int(match[3])
     elif match := _ALIAS.fullmatch(name):
-        kind, layer = {"in": "resid_pre", "out": "resid_post"}.get(match[2], match[2]), int(match[1])
+        side, kind, layer = match[1], {"in": "resid_pre", "out": "resid_post"}.get(match[3], match[3]), int(match[2])
     else:
         return None
-    if layer < 0 and n_layers is not None:
-        layer += n_layers
-    return f"blocks.{layer}.hook_{kind}"
+    prefix = f"{side}_blocks" if side else BLOCKS
+    count = n_layers.get(prefix) if isinstance(n_layers, Mapping) else n_layers
+    if layer < 0 and count is not None:
+        layer += count
+    return f"{prefix}.{layer}.hook_{kind}"
 
 
 def short_name(name: str) -> str:
     """Return the short address of an alias: `resid_post.6` for `blocks.6.hook_resid_post`."""
     match = _ALIAS.fullmatch(name)
-    return f"{match[2]}.{match[1]}" if match else {EMBED: "embed", FINAL_NORM: "final_norm"}.get(name, name)
+    if match:
+        return f"{match[1]}.{match[3]}.{match[2]}" if match[1] else f"{match[3]}.{match[2]}"
+    side, _, rest = name.partition("_")
+    if rest == FINAL_NORM:
+        return f"{side}.final_norm"
+    return {EMBED: "embed", FINAL_NORM: "final_norm"}.get(name, name)
 
 
 def unknown_hook(model: str, name: str, known: Iterable[str]) -> HookPointError:
@@ -120,21 +139,17 @@ def expand(model: "Model", names: str | Iterable[str]) -> list[str]:
     return list(found)
 
 
-def _as_stream(value: Any, clock: Clock, name: str) -> Tensor:
+def _as_stream(value: Any, watch: Watch, name: str) -> Tensor:
     """View a value as [b, q, d] (OPT runs its MLP on [b * q, d])."""
-    rows, q = clock.mask.shape
+    if watch.shape is None:
+        raise RuntimeError(f"{name} ran outside a forward of the model; call the model, not one of its blocks")
+    rows, q = watch.shape
     if isinstance(value, Tensor) and value.ndim == 3 and value.shape[:2] == (rows, q):
         return value
     if isinstance(value, Tensor) and value.ndim == 2 and value.shape[0] == rows * q:
         return value.view(rows, q, -1)
     got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
     raise ValueError(f"{name} gives {got}, not [batch {rows}, columns {q}, width]")
-
-
-def _now(watch: Watch, name: str) -> Clock:
-    if watch.clock is None:
-        raise RuntimeError(f"{name} ran outside a forward of the model; call the model, not one of its blocks")
-    return watch.clock
 
 
 @contextmanager
@@ -157,34 +172,58 @@ def reading(
         raise ValueError("no hook points to read")
     wanted = {p.point.name for p in places}
     seen: set[str] = set()
-    watch = Watch(model.hf, model.blocks_path, frozenset(), on_start=seen.clear)
+    watches = _watches(model, places, seen)
     handles: list[Any] = []
 
-    def note(name: str, value: Any) -> None:
-        if watch.quiet:
-            return
-        callback(name, _as_stream(value, _now(watch, name), name))
-        seen.add(name)
+    def halt() -> None:
         if stop and seen == wanted:
             raise StopForward
 
     def reader(place: Place) -> Callable:
+        watch, name = watches[place.stack], place.point.name
+        # offloaded weights go back where they lie at the end of a block: stop there, not inside it
+        late = model.offloaded and place.module not in model.blocks_of(place.stack)
+
+        def note(value: Any) -> None:
+            if not watch.quiet:
+                callback(name, _as_stream(value, watch, name))
+                seen.add(name)
+                if not late:
+                    halt()
+
         if place.side == "input":
-            return lambda module, args, kwargs: note(place.point.name, block_input(args, kwargs))
-        return lambda module, args, output: note(place.point.name, first_tensor(output))
+            return lambda module, args, kwargs: note(block_input(args, kwargs))
+        return lambda module, args, output: note(first_tensor(output))
 
     try:
-        watch.attach(prompts=False)
+        for watch in watches.values():
+            watch.attach(prompts=False)
         for place in places:
             handles.append(_register(place, reader(place)))
-        yield
+        if model.offloaded:
+            ends = [block for stack in watches for block in model.blocks_of(stack)]
+            handles.extend(block.register_forward_hook(lambda module, args, output: halt()) for block in ends)
+        with model.wanting(watches):
+            yield
     except StopForward:
         if seen != wanted:  # another, enclosing reading asked for it
             raise
     finally:
         for handle in handles:
             handle.remove()
-        watch.detach()
+        for watch in watches.values():
+            watch.detach()
+
+
+def _watches(model: "Model", places: list[Place], seen: set[str]) -> dict[str, Watch]:
+    """Return a watch, of shapes alone, for each stream; a new forward of a stream clears what was seen of it."""
+
+    def clearer(stack: str) -> Callable:
+        own = {p.point.name for p in places if p.stack == stack}
+        return lambda: seen.difference_update(own)
+
+    stacks = dict.fromkeys(p.stack for p in places)
+    return {stack: Watch(model.hf, model.roots(stack), on_start=clearer(stack)) for stack in stacks}
 
 
 def _register(place: Place, hook: Callable, prepend: bool = False) -> Any:
@@ -208,25 +247,31 @@ def editing(model: "Model", edits: Mapping[str, Edit | Iterable[Edit]]) -> Itera
     Raises HookPointError, and ValueError where `fn` returns another shape.
     """
     steps = [(model.place(name), fn) for name, fns in edits.items() for fn in ([fns] if callable(fns) else fns)]
-    watch = Watch(model.hf, model.blocks_path, model.special_ids)
+    watches = {
+        stack: Watch(model.hf, model.roots(stack), model.special_ids, decoder=stack == DECODER)
+        for stack in dict.fromkeys([place.stack for place, _ in steps])
+    }
     handles: list[Any] = []
     try:
-        watch.attach()
+        for stack, watch in watches.items():
+            watch.attach(prompts=stack in (BLOCKS, DECODER))
         for place, fn in steps:
-            handles.extend(_install(place, fn, watch))
-        yield
+            handles.extend(_install(place, fn, watches[place.stack]))
+        with model.wanting(watches):
+            yield
     finally:
         for handle in handles:
             handle.remove()
-        watch.detach()
+        for watch in watches.values():
+            watch.detach()
 
 
 def _edited(value: Any, fn: Edit, watch: Watch, name: str) -> Tensor | None:
     """Return the new value in the old one's shape, dtype and device, or None where it is unchanged."""
     if watch.quiet:
         return None
-    clock = _now(watch, name)
-    stream = _as_stream(value, clock, name)
+    stream, clock = _as_stream(value, watch, name), watch.clock
+    assert clock is not None  # read whenever the shape is
     new = fn(stream, clock.to(stream.device))
     if new is stream:
         return None

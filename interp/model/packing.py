@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from interp.model.anatomy import Probe, accepts, eval_mode, kept_rng, probe_ids
 from interp.model.clock import quiet
+from interp.model.forward import Probe, accepts, eval_mode, kept_rng, no_cache, probe_ids
 
 FIRST, SECOND = 5, 6  # tokens of the two documents of the check: longer than the usual convolution of four
 
@@ -40,11 +40,10 @@ def keeps_apart(hf: nn.Module, last: nn.Module) -> bool:
     other = ids.clone()
     other[:, :FIRST] = ids[:, 1 : FIRST + 1].flip(1)
     positions = torch.cat([torch.arange(FIRST), torch.arange(SECOND)])[None].to(ids.device)
-    options = {"use_cache": False} if accepts(hf, "use_cache") else {}
 
     def at_last(row: Tensor, at: Tensor) -> Tensor:
         seen = Probe({"last": last})
-        seen.run(lambda: hf(input_ids=row, position_ids=at, **options))
+        seen.run(lambda: hf(input_ids=row, position_ids=at, **no_cache(hf)))
         return seen.outputs["last"].float()
 
     with torch.no_grad(), kept_rng(ids.device), eval_mode(hf), quiet(hf):

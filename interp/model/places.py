@@ -1,60 +1,122 @@
-"""The table of hook points of one model: from its anatomy, or from a TransformerBridge's own HookPoints."""
+"""The table of hook points of one model, by one small protocol: from its anatomy, or from a bridge's own HookPoints."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from interp.model.anatomy import Anatomy, Part, Probe, eval_mode, kept_rng, probe_ids, sums_to
-from interp.model.hooks import BLOCK_KINDS, EMBED, FINAL_NORM, HookPoint, Place
+from interp.model.anatomy import BLOCKS, DECODER, ENCODER, Anatomy, Stack
+from interp.model.clock import quiet
+from interp.model.forward import Probe, embedding, eval_mode, kept_rng, probe_call, sums_to
+from interp.model.hooks import BLOCK_KINDS, EMBED, FINAL_NORM, HookPoint, HookPointError, Place
+from interp.model.parts import Part
+
+if TYPE_CHECKING:
+    from interp.model.core import Model
+
+SIDES = {BLOCKS: "", ENCODER: "encoder_", DECODER: "decoder_"}
 
 
-def _place(name: str, kind: str, layer: int | None, d: int, part: Part, after: Place | None = None) -> Place:
-    return Place(HookPoint(name, kind, layer, d), part.module, part.side, after)
+class Source(Protocol):
+    """Where a Model's hook points come from: all that the two backends differ in."""
+
+    name: str
+
+    def places(self) -> tuple[dict[str, Place], dict[str, str]]:
+        """Return {canonical name: place} in the order of the forward, and further accepted names."""
+        ...
+
+    def find(self, path: str) -> nn.Module | None:
+        """Return the module at a raw path."""
+        ...
 
 
-def native_places(hf: nn.Module, parts: Anatomy) -> tuple[dict[str, Place], dict[str, str]]:
-    """Return {canonical name: place} in the order of the forward, and further accepted names.
+class Native:
+    """Hook points on the modules that the anatomy found."""
 
-    attn_out, mlp_out and resid_mid are listed only where the anatomy established them.
-    """
-    d = parts.d_model
-    embed: Any = hf.get_input_embeddings()  # type: ignore[operator]
-    places = {EMBED: _place(EMBED, "embed", None, int(embed.weight.shape[1]), parts.embed)}
-    aliases: dict[str, str] = {}
-    for i, block in enumerate(parts.blocks):
-        path = f"{parts.blocks_path}.{i}"
-        post = _place(f"blocks.{i}.hook_resid_post", "resid_post", i, d, Part(block, "output", path))
-        found = {
-            "resid_pre": Part(block, "input", path),
-            "attn_out": parts.attn[i],
-            "resid_mid": parts.mid[i],
-            "mlp_out": parts.mlp[i],
-        }
-        for kind, part in found.items():
-            if part is None:
-                continue
-            name = f"blocks.{i}.hook_{kind}"
-            places[name] = _place(name, kind, i, d, part, post if kind == "resid_mid" else None)
-            aliases.update(dict.fromkeys(_bridge_names(i, kind, part, path), name))
-        places[post.point.name] = post
-    if parts.final_norm is not None:
-        places[FINAL_NORM] = _place(FINAL_NORM, "final_norm", None, d, parts.final_norm)
-    return places, aliases
+    name = "native"
+
+    def __init__(self, hf: nn.Module, anatomy: Anatomy):
+        self.hf, self.anatomy = hf, anatomy
+
+    def places(self) -> tuple[dict[str, Place], dict[str, str]]:
+        """Return the table; attn_out, mlp_out and resid_mid are listed only where the anatomy established them."""
+        places: dict[str, Place] = {}
+        aliases: dict[str, str] = {}
+        if (part := self.anatomy.embed) is not None:
+            width = int(embedding(self.hf).weight.shape[1])
+            point = HookPoint(EMBED, "embed", None, width, f"token embeddings as the stream gets them ({part.path})")
+            places[EMBED] = Place(point, part.module, part.side, stack=self.anatomy.main.prefix)
+        for stack in self.anatomy.stacks:
+            for i in range(len(stack.blocks)):
+                for kind, part, place in _block_places(stack, i):
+                    places[place.point.name] = place
+                    aliases.update(dict.fromkeys(_bridge_names(stack, i, kind, part), place.point.name))
+            if stack.final_norm is not None:
+                name = SIDES[stack.prefix] + FINAL_NORM
+                point = HookPoint(name, "final_norm", None, stack.d_model, meaning("final_norm", stack))
+                places[name] = Place(point, stack.final_norm.module, stack.final_norm.side, stack=stack.prefix)
+        return places, aliases
+
+    def find(self, path: str) -> nn.Module | None:
+        """Return the model's module at `path`."""
+        return dict(self.hf.named_modules()).get(path)
 
 
-def _bridge_names(layer: int, kind: str, part: Part, path: str) -> list[str]:
+def _block_places(stack: Stack, layer: int) -> list[tuple[str, Part, Place]]:
+    block, path = stack.blocks[layer], f"{stack.path}.{layer}"
+
+    def point(kind: str) -> HookPoint:
+        return HookPoint(f"{stack.prefix}.{layer}.hook_{kind}", kind, layer, stack.d_model, meaning(kind, stack, layer))
+
+    post = Place(point("resid_post"), block, "output", stack=stack.prefix)
+    parts = {"resid_pre": Part(block, "input", path), **stack.added[layer].parts}
+    found = []
+    for kind in BLOCK_KINDS:
+        if (part := parts.get(kind)) is not None:
+            after = post if kind == "resid_mid" else None
+            found.append((kind, part, Place(point(kind), part.module, part.side, after, stack.prefix)))
+    return [*found, ("resid_post", Part(block, "output", path), post)]
+
+
+def meaning(kind: str, stack: Stack, layer: int | None = None) -> str:
+    """Say in one sentence what the tensor at a hook point is."""
+    if kind == "final_norm":
+        return "the stream after the final norm"
+    assert layer is not None
+    added = stack.added[layer]
+    sums = " + ".join(["resid_pre", *(k for k in ("attn_out", "cross_attn_out", "mlp_out") if k in added.parts)])
+    if kind == "resid_pre":
+        return "the residual stream into the block" if layer else "the residual stream into the first block"
+    if kind == "resid_post":
+        if added.parts:
+            return f"the residual stream out of the block: {sums}"
+        return f"the stream out of the block; attn_out and mlp_out are not listed: {added.note}"
+    if kind == "resid_mid":
+        return f"the residual stream that the MLP side of the block takes: {sums.removesuffix(' + mlp_out')}"
+    part = added.parts[kind]
+    inner = part.path.removeprefix(f"{stack.path}.{layer}.")
+    what = {"attn_out": "attention", "cross_attn_out": "attention to the encoder", "mlp_out": "the MLP"}[kind]
+    text = f"what {what} adds to the stream: the output of {inner}"
+    if kind == "mlp_out" and "resid_mid" not in added.parts:
+        text += "; no module takes the stream between attention and MLP (the two run in parallel, or are fused)"
+    return text
+
+
+def _bridge_names(stack: Stack, layer: int, kind: str, part: Part) -> list[str]:
     """Return the bridge's canonical names for an established part of block `layer`.
 
     They name modules: `attn.hook_out` is the added tensor only where no post-norm stands behind and the residual is
     not added inside.
     """
+    if stack.prefix != BLOCKS:
+        return []
     stem = {"attn_out": ("attn", "ln1_post", "attn.o"), "mlp_out": ("mlp", "ln2_post", "mlp.out")}.get(kind)
     if kind == "resid_mid":
         return [f"blocks.{layer}.ln2.hook_in"] if "norm" in type(part.module).__name__.lower() else []
     if stem is None:
         return []
-    inner = part.path[len(path) + 1 :]
+    inner = part.path.removeprefix(f"{stack.path}.{layer}.")
     if "norm" in inner:
         return [f"blocks.{layer}.{stem[1]}.hook_out"]
     if "." in inner:  # the inner linear of a module that adds the residual itself
@@ -62,58 +124,113 @@ def _bridge_names(layer: int, kind: str, part: Part, path: str) -> list[str]:
     return [f"blocks.{layer}.{stem[0]}.hook_out"] + ([f"blocks.{layer}.mlp.out.hook_out"] if inner == "fc2" else [])
 
 
-def bridge_places(bridge: Any, n_layers: int) -> tuple[dict[str, Place], dict[str, str]]:
-    """Return the same table for a TransformerBridge; every place is the output of one of its HookPoints.
+class Bridged:
+    """Hook points of a TransformerBridge: every place is the output of one of its own HookPoints."""
 
-    attn_out, mlp_out and resid_mid are listed only where one small forward shows that they sum to the stream.
-    """
-    hooks: dict[str, nn.Module] = dict(bridge.hook_dict)
-    order = [EMBED, *(f"blocks.{i}.hook_{k}" for i in range(n_layers) for k in BLOCK_KINDS), FINAL_NORM]
-    seen = Probe({name: hooks[name] for name in order if name in hooks})
-    hf = bridge.original_model
-    ids = probe_ids(hf)
-    with torch.no_grad(), kept_rng(ids.device), eval_mode(hf):
-        seen.run(lambda: hf(input_ids=ids, use_cache=False))
-    kept = [n for n in order if isinstance(seen.outputs.get(n), Tensor) and _sound(n, seen.outputs)]
-    places: dict[str, Place] = {}
-    for name in kept:
-        layer = int(name.split(".")[1]) if name.startswith("blocks.") else None
-        kind = name.rpartition("hook_")[2] if layer is not None else {EMBED: "embed", FINAL_NORM: "final_norm"}[name]
-        point = HookPoint(name, kind, layer, int(seen.outputs[name].shape[-1]))
-        places[name] = Place(point, hooks[name], "output")
-    for name, place in places.items():
-        if place.point.kind == "resid_mid":
-            post = places[f"blocks.{place.point.layer}.hook_resid_post"]
-            places[name] = Place(place.point, place.module, "output", post)
-    by_module = {id(place.module): name for name, place in places.items()}
-    return places, {n: by_module[id(m)] for n, m in hooks.items() if id(m) in by_module}
+    name = "transformer_lens"
+
+    def __init__(self, bridge: Any, anatomy: Anatomy):
+        self.bridge, self.anatomy = bridge, anatomy
+
+    def places(self) -> tuple[dict[str, Place], dict[str, str]]:
+        """Return the table; attn_out, mlp_out and resid_mid are listed only where a forward shows that they sum."""
+        hooks: dict[str, nn.Module] = dict(self.bridge.hook_dict)
+        stacks = {stack.prefix: stack for stack in self.anatomy.stacks}
+        owner = {EMBED: self.anatomy.main.prefix}
+        for prefix, stack in stacks.items():
+            owner.update({f"{prefix}.{i}.hook_{k}": prefix for i in range(len(stack.blocks)) for k in BLOCK_KINDS})
+            owner[SIDES[prefix] + FINAL_NORM] = prefix
+        seen = Probe({name: hooks[name] for name in owner if name in hooks})
+        hf = self.bridge.original_model
+        given = probe_call(hf)
+        with torch.no_grad(), kept_rng(given["input_ids"].device), eval_mode(hf):
+            seen.run(lambda: hf(**given))
+        kept = [n for n in owner if isinstance(seen.outputs.get(n), Tensor) and _sound(n, seen)]
+        places: dict[str, Place] = {}
+        for name in kept:
+            stack = stacks[owner[name]]
+            layer = int(name.split(".")[1]) if name.startswith(f"{stack.prefix}.") else None
+            kind = name.rpartition("hook_")[2] if layer is not None else "embed" if name == EMBED else "final_norm"
+            point = HookPoint(name, kind, layer, int(seen.outputs[name].shape[-1]), _bridge_meaning(kind, stack, layer))
+            places[name] = Place(point, hooks[name], "output", stack=stack.prefix)
+        for name, place in places.items():
+            if place.point.kind == "resid_mid":
+                post = places[name.replace("hook_resid_mid", "hook_resid_post")]
+                places[name] = Place(place.point, place.module, "output", post, place.stack)
+        by_module = {id(place.module): name for name, place in places.items()}
+        return places, {n: by_module[id(m)] for n, m in hooks.items() if id(m) in by_module}
+
+    def find(self, path: str) -> nn.Module | None:
+        """Return the module at `path` of the model inside the bridge, or of the bridge itself, or a HookPoint."""
+        inside = dict(self.bridge.original_model.named_modules()).get(path)
+        if inside is not None:
+            return inside
+        return self.bridge.hook_dict.get(path) or dict(self.bridge.named_modules()).get(path)
 
 
-def _sound(name: str, values: dict[str, Any]) -> bool:
-    """Whether a bridge's attn_out, mlp_out or resid_mid is what its name says."""
+def _bridge_meaning(kind: str, stack: Stack, layer: int | None) -> str:
+    """Say what a bridge's tensor is, in terms that hold whichever module it is read at."""
+    if kind == "embed":
+        return "token embeddings as the stream gets them"
+    if kind in ("resid_pre", "resid_post", "final_norm"):
+        return meaning(kind, stack, layer)
+    added = {"attn_out": "attention", "cross_attn_out": "attention to the encoder", "mlp_out": "the MLP"}
+    return f"what {added[kind]} adds to the stream" if kind in added else "the residual stream after attention"
+
+
+def _sound(name: str, seen: Probe) -> bool:
+    """Whether a bridge's attn_out, mlp_out or resid_mid is what its name says; a place runs once a forward."""
     stem, _, kind = name.rpartition(".hook_")
-    if kind not in ("attn_out", "mlp_out", "resid_mid"):
+    if seen.calls[name] != 1:
+        return False
+    if kind not in ("attn_out", "cross_attn_out", "mlp_out", "resid_mid"):
         return True
-    pre, attn, mid, mlp, post = (
-        values.get(f"{stem}.hook_{k}") for k in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
-    )
-    if pre is None or post is None or attn is None:
+    found = {k: seen.outputs.get(f"{stem}.hook_{k}") for k in BLOCK_KINDS}
+    terms = [found[k] for k in ("resid_pre", "attn_out", "cross_attn_out") if found[k] is not None]
+    if found["resid_pre"] is None or found["resid_post"] is None or found["attn_out"] is None:
         return False
     if kind == "resid_mid":
-        return mid is not None and sums_to(mid, pre, attn)
-    return mlp is not None and sums_to(post, pre, attn, mlp)
+        return sums_to(found["resid_mid"], *terms)
+    return found["mlp_out"] is not None and sums_to(found["resid_post"], *terms, found["mlp_out"])
 
 
-def module_place(hf: nn.Module, name: str, module: nn.Module, layer: int | None) -> Place | str:
-    """Return the place "output of this module", or why there is none (found out by one small forward)."""
-    seen = Probe({name: module})
-    ids = probe_ids(hf)
-    with torch.no_grad(), kept_rng(ids.device), eval_mode(hf):
-        seen.run(lambda: hf(input_ids=ids))
-    value = seen.outputs.get(name)
-    if not isinstance(value, Tensor):
-        return "it does not run in a forward" if name not in seen.outputs else "its output is no tensor"
-    rows, width = ids.shape
-    if tuple(value.shape[:-1]) not in ((rows, width), (rows * width,)):
-        return f"its output {tuple(value.shape)} for {rows} x {width} tokens is not [batch, position, width]"
-    return Place(HookPoint(name, "module", layer, int(value.shape[-1])), module, "output")
+def module_place(model: "Model", name: str, module: nn.Module, places: dict[str, Place]) -> Place:
+    """Return the place "output of the module at this path"; raises HookPointError where there is none to hook."""
+    for place in places.values():
+        if place.module is module and place.side == "output":
+            return place
+    stack, layer = _stack_of(model, name, module)
+    for i, block in enumerate(model.blocks_of(stack)):
+        if block is module:
+            return places[f"{stack}.{i}.hook_resid_post"]
+    seen, given = Probe({name: module}), probe_call(model.hf)
+    with torch.no_grad(), kept_rng(given["input_ids"].device), eval_mode(model.hf), quiet(model.hf):
+        seen.run(lambda: model.hf(**given))
+    value, why = seen.outputs.get(name), ""
+    rows, width = given["decoder_input_ids" if stack == DECODER else "input_ids"].shape
+    if not seen.calls[name]:
+        why = "it does not run in a forward"
+    elif seen.calls[name] > 1:
+        why = f"it runs {seen.calls[name]} times in a forward"
+    elif not isinstance(value, Tensor):
+        why = "its output is no tensor"
+    elif tuple(value.shape[:-1]) not in ((rows, width), (rows * width,)):
+        why = f"its output {tuple(value.shape)} for {rows} x {width} tokens is not [batch, position, width]"
+    if why or not isinstance(value, Tensor):
+        raise HookPointError(f"{model.name}: module {name!r} cannot be a hook point: {why}")
+    point = HookPoint(name, "module", layer, int(value.shape[-1]), f"the output of the module {name}")
+    return Place(point, module, "output", stack=stack)
+
+
+def _stack_of(model: "Model", name: str, module: nn.Module) -> tuple[str, int | None]:
+    """Return the stream that a module belongs to, and the block that it lies in."""
+    stacks = model.stacks()
+    for prefix, path in stacks.items():
+        inside = name.removeprefix(f"{path}.").partition(".")[0]
+        if name.startswith(f"{path}.") and inside.isdigit():
+            return prefix, int(inside)
+    for prefix, path in stacks.items():
+        owner = path.rpartition(".")[0]
+        if owner and any(m is module for m in model.hf.get_submodule(owner).modules()):
+            return prefix, None
+    return list(stacks)[-1], None

@@ -1,5 +1,7 @@
 """Weights and tokenizers from the package, a folder or the hub; and a TransformerBridge around a model of our own."""
 
+import importlib
+import importlib.metadata
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -7,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from interp.model.anatomy import kept_rng
+from interp.model.forward import kept_rng
 from sae.extras import MissingError
 
 TINY = Path(__file__).resolve().parent.parent / "data" / "tiny"
+BRIDGES = "transformer-lens>=4.3,<5"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model")
 
 
@@ -49,22 +52,55 @@ def locate(source: str) -> str:
     return source
 
 
-def load(source: str, dtype: Any, device: Any, trust_remote_code: bool) -> tuple[Any, str]:
-    """Return the causal language model at `source` in evaluation mode, and the folder or hub id it came from."""
+def load(source: str, dtype: Any, device: Any, trust_remote_code: bool, device_map: Any = None) -> tuple[Any, str]:
+    """Return the language model at `source` in evaluation mode, and the folder or hub id it came from."""
     wanted = resolve_dtype(dtype)
+    if device_map is not None and device != "auto":
+        raise ValueError(f"device is {str(device)!r} and device_map {device_map!r}; give one of them")
     target = resolve_device(device)
     name = locate(source)
     if source == "tiny" and wanted is None:
         wanted = torch.float32
-    from transformers import AutoModelForCausalLM
-
+    options: dict[str, Any] = {"dtype": wanted or "auto", "trust_remote_code": trust_remote_code}
+    if device_map is not None:
+        options["device_map"] = device_map
     try:
-        hf: Any = AutoModelForCausalLM.from_pretrained(
-            name, dtype=wanted or "auto", trust_remote_code=trust_remote_code
-        )
+        hf: Any = _auto_class(name, trust_remote_code).from_pretrained(name, **options)
     except OSError as error:
         raise _missing(name, error) from error
-    return hf.to(target).eval(), name
+    placed = device_map is not None or getattr(hf, "hf_device_map", None) or getattr(hf, "is_quantized", False)
+    return (hf if placed else hf.to(target)).eval(), name
+
+
+def _auto_class(name: str, trust_remote_code: bool) -> Any:
+    """Return the class that loads a checkpoint: its own by config.architectures, else the first auto class that can.
+
+    A causal language model goes through AutoModelForCausalLM, whatever was saved with it.
+    """
+    import transformers
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    named = (getattr(config, "architectures", None) or [""])[0]
+    causal, own = transformers.AutoModelForCausalLM, getattr(transformers, named, None)
+    if trust_remote_code and getattr(config, "auto_map", None):
+        return causal if "AutoModelForCausalLM" in config.auto_map else transformers.AutoModel
+    kinds = (causal, transformers.AutoModelForSeq2SeqLM, transformers.AutoModelForMaskedLM)
+    heads = [kind for kind in kinds if type(config) in kind._model_mapping]
+    if own is not None and not any(_maps_to(kind, config, named) for kind in kinds):
+        return own  # without a head (BertModel), or with one of another kind
+    for kind in heads:
+        if not named or _maps_to(kind, config, named):
+            return kind
+    return heads[0] if heads else transformers.AutoModel
+
+
+def _maps_to(kind: Any, config: Any, class_name: str) -> bool:
+    """Whether an auto class gives the class of this name for a configuration."""
+    if type(config) not in kind._model_mapping:
+        return False
+    found = kind._model_mapping[type(config)]
+    return class_name in [c.__name__ for c in (found if isinstance(found, tuple) else (found,))]
 
 
 def _missing(name: str, error: Exception) -> Exception:
@@ -106,9 +142,25 @@ def check_placement(hf: Any, dtype: Any, device: Any) -> None:
         raise ValueError(f"the model is on {weight.device}; one in memory is never moved: use .to({str(device)!r})")
 
 
+def need_bridges() -> Any:
+    """Return the TransformerBridge class; raises MissingError where no TransformerLens that interp knows is there."""
+    advice = f"install it with: pip install '{BRIDGES}' (everything but backend='transformer_lens' works without)"
+    try:
+        version = importlib.metadata.version("transformer-lens")
+        found: Any = importlib.import_module("transformer_lens.model_bridge").TransformerBridge
+    except importlib.metadata.PackageNotFoundError as error:
+        raise MissingError(f"TransformerLens is not installed; {advice}") from error
+    except (ImportError, AttributeError) as error:
+        raise MissingError(f"this TransformerLens has no TransformerBridge ({error}); {advice}") from error
+    major, minor = (int(part) for part in version.split(".")[:2])
+    if not (4, 3) <= (major, minor) < (5, 0):
+        raise MissingError(f"TransformerLens {version} is not one that interp knows; {advice}")
+    return found
+
+
 def make_bridge(hf: nn.Module, tokenizer: Any, label: str) -> Any:
     """Return a TransformerBridge around `hf`, which it changes: give it a model that is nobody else's."""
-    from transformer_lens.model_bridge import TransformerBridge
+    bridge = need_bridges()
     from transformers import AutoTokenizer
 
     config: Any = hf.config
@@ -119,7 +171,7 @@ def make_bridge(hf: nn.Module, tokenizer: Any, label: str) -> Any:
         (placeholder_tokenizer() if tokenizer is None else tokenizer).save_pretrained(folder)
         reloaded = AutoTokenizer.from_pretrained(folder)
         with kept_rng(weight.device):
-            return TransformerBridge.boot_transformers(
+            return bridge.boot_transformers(
                 label, hf_model=hf, tokenizer=reloaded, dtype=weight.dtype, device=str(weight.device)
             )
 
