@@ -119,3 +119,43 @@ def test_packing_reads_its_texts_as_they_are_needed():
 def test_packing_needs_room_beside_bos():
     with pytest.raises(ValueError, match="ctx 1"):
         next(pack(Letters(), ["ab"], 1))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.text("abcdefgh", max_size=12), max_size=9), st.integers(2, 9), st.sampled_from(["masked", "documents"])
+)
+def test_documents_kept_apart_each_begin_with_bos_and_lose_nothing(texts, ctx, packing):
+    found = {n: [] for n in range(len(texts))}
+    for batch in pack(Letters(), texts, ctx, batch_size=2, packing=packing):
+        assert batch.masked == (packing == "masked") and batch.ids.shape[1] == ctx
+        for ids, documents, positions, mask in zip(
+            batch.ids, batch.documents, batch.positions, batch.mask, strict=True
+        ):
+            ids, documents, positions = (x[mask].tolist() for x in (ids, documents, positions))
+            starts = [i for i in range(len(ids)) if i == 0 or documents[i] != documents[i - 1]]
+            assert all(ids[i] == 1 for i in starts) and (packing == "masked" or len(starts) == 1)
+            for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+                assert positions[start:end] == list(range(end - start))
+                found[documents[start]] += ids[start + 1 : end]
+    assert found == {n: [*map(ord, text), 2] for n, text in enumerate(texts)}
+
+
+def test_masked_windows_are_full_but_for_a_place_too_small():
+    batches = list(pack(Letters(), ["abc", "de", "fghij"], 6, batch_size=9, packing="masked"))
+    assert batches[0].mask.sum(1).tolist() == [5, 6, 6]  # one place is left, too small for BOS and a token
+    with pytest.raises(ValueError, match="joined, masked, documents"):
+        next(pack(Letters(), ["a"], 6, packing="loose"))
+
+
+def test_an_encoders_template_is_kept(words):
+    from tokenizers.processors import TemplateProcessing
+
+    words.bos_token = None
+    words.cls_token = "<s>"
+    words.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    assert encode(words, "w5 w6") == [1, 5, 6, 2] and encode(words, "w5 w6", add_bos=False) == [5, 6]
+    rows = next(pack(words, ["w5 w6", "w7"], 8, packing="documents"))
+    assert [r[m].tolist() for r, m in zip(rows.ids, rows.mask, strict=True)] == [[1, 5, 6, 2], [1, 7, 2]]
