@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from interp.store.verify import verify
+
 INTERP = [sys.executable, "-m", "interp.cli"]
 
 
@@ -50,7 +52,7 @@ def killed(given: argparse.Namespace, out: Path, seconds: float, pick: random.Ra
 
 
 def flipped(root: Path, flips: int, pick: random.Random) -> dict[str, int]:
-    """Flip single bits of shards and papers, each undone after `interp verify` has judged it; count the misses."""
+    """Flip single bits of shards and papers, each undone after `verify` has judged it; count the misses."""
     files = sorted(p for p in root.rglob("*") if p.suffix in {".safetensors", ".json"} and "run.json" not in p.name)
     missed = wrong_file = 0
     for number in range(flips):
