@@ -60,12 +60,10 @@ def flipped(root: Path, flips: int, pick: random.Random) -> dict[str, int]:
         size = path.stat().st_size
         at, bit = pick.randrange(size), 1 << pick.randrange(8)
         flip(path, at, bit)
-        judged = subprocess.run([*INTERP, "verify", str(root), "--json"], capture_output=True, text=True)
+        judged = verify(root)
         flip(path, at, bit)
-        missed += judged.returncode != 1
-        wrong_file += (
-            judged.returncode == 1 and str(path.relative_to(root)) not in json.loads(judged.stdout)["problems"]
-        )
+        missed += judged.sound
+        wrong_file += not judged.sound and str(path.relative_to(root)) not in judged.problems
     return {"flips": flips, "files": len(files), "missed": missed, "named_wrongly": wrong_file}
 
 
