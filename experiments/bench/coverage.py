@@ -9,6 +9,7 @@ model), and against the model's own hidden states where it returns one more of t
 """
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import os
@@ -20,18 +21,17 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-
 import torch
 import transformers
-from tiny_models import CHANGES, make_model
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as TYPES
 
 from interp.model.hooks import reading
 from interp.model.loading import load_model
 
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+tiny_models: Any = importlib.import_module("tiny_models")
+os.environ["HF_HUB_OFFLINE"] = "1"
 IDS = torch.randint(4, 100, (2, 9), generator=torch.Generator().manual_seed(3))
 COLUMNS = ("type", "class", "blocks", "result", "hidden states", "attn and mlp", "why not")
 
@@ -68,7 +68,7 @@ def compare(hf: Any, row: dict[str, str]) -> None:
     kinds = Counter(p.kind for p in model.hook_points())
     row["attn and mlp"] = f"{kinds['attn_out']} of {model.n_layers}"
     if kinds["attn_out"] == 0:
-        row["attn and mlp"] = getattr(model, "no_parts", "") or "none"
+        row["why not"] = model.hook_point("resid_post.0").meaning.rpartition(": ")[2]
     blocks = list(hf.get_submodule(model.blocks_path))
     taken, given = record(hf, blocks)
     got: dict[str, torch.Tensor] = {}
@@ -107,7 +107,7 @@ def job(model_type: str, answers: Any) -> None:
     torch.set_num_threads(1)
     row = dict.fromkeys(COLUMNS, "") | {"type": model_type, "class": TYPES[model_type]}
     try:
-        hf = make_model(model_type, TYPES[model_type], CHANGES.get(model_type))
+        hf = tiny_models.make_model(model_type, TYPES[model_type], tiny_models.CHANGES.get(model_type))
         with torch.no_grad():
             hf(input_ids=IDS, use_cache=False)
     except Exception as error:

@@ -57,21 +57,36 @@ SIZES: list[tuple[str, Any]] = [  # the first pattern that fits the whole key de
 _MLA = {"num_key_value_heads": HEADS}  # latent attention has as many key heads as query heads
 _HYBRID = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
 _SLIDING = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+_INDEXED = {
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
+    "ngram_vocab_size_base": 100,
+}
+_SHARED = {"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"], "num_hidden_layers": 4}
 CHANGES: dict[str, dict[str, Any]] = {  # what the table of sizes does not get right by itself
-    **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"), _MLA),
-    **dict.fromkeys(("glm_moe_dsa", "longcat_flash", "minicpm3", "youtu", "dots3_note", "dots3_note_text"), _MLA),
-    **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "qwen4_exp_text"), _HYBRID),
-    **{t: {"text_config.layer_types": _HYBRID["layer_types"]} for t in ("qwen3_5", "qwen3_5_moe", "qwen4_exp")},
-    "bailing_hybrid": _HYBRID,
+    **dict.fromkeys(("axk2", "deepseek_v2", "deepseek_v32", "glm4_moe_lite"), _MLA),
+    **dict.fromkeys(("glm_moe_dsa", "minicpm3", "dots3_note_text"), _MLA),
+    **dict.fromkeys(("axk1", "deepseek_v3", "longcat_flash", "youtu"), _MLA | {"head_dim": 4}),
+    **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"), _HYBRID),
+    **{t: {"text_config.layer_types": _HYBRID["layer_types"]} for t in ("qwen3_5", "qwen3_5_moe")},
+    **dict.fromkeys(("bailing_hybrid", "kimi_linear"), _HYBRID | _MLA),
     "bamba": {"attn_layer_indices": [1]},
+    "blt": {"encoder_hash_byte_group_vocab": 128},
     "cohere_compass_text": _SLIDING,
+    "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.kv_n_heads": 2},
+    "dots3_note": {"text_config.num_key_value_heads": HEADS},
     "falcon_h1": {"mamba_d_ssm": 64},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma4_assistant": {"text_config.hidden_size_per_layer_input": 0, "text_config.num_kv_shared_layers": 0},
+    "gemma4_unified_assistant": {"text_config.num_kv_shared_layers": 0},
     "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"]},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2},
-    "kimi_linear": _HYBRID,
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "ministral": {"head_dim": 8},
@@ -81,8 +96,12 @@ CHANGES: dict[str, dict[str, Any]] = {  # what the table of sizes does not get r
         "axial_pos_shape": [8, 8],
         "attn_layers": ["local", "local", "local"],
     },
+    "qwen4_exp": {f"text_config.{key}": value for key, value in (_HYBRID | _INDEXED).items()},
+    "qwen4_exp_text": _HYBRID | _INDEXED,
     "xlstm": {"num_heads": 4},
     "xmod": {"default_language": "en_XX"},
+    "zamba": _SHARED | {"attention_hidden_size": 2 * WIDTH},
+    "zamba2": _SHARED | {"attention_hidden_size": 2 * WIDTH},
     "zaya": {"num_experts_per_tok": 1},
 }
 
@@ -143,14 +162,16 @@ def make_config(model_type: str, changes: dict[str, Any] | None = None) -> Any:
 
 
 def make_model(model_type: str, class_name: str, changes: dict[str, Any] | None = None, limit: int = 40_000_000) -> Any:
-    """Return a random model in evaluation mode, norms and biases moved off 1 and 0; refuses more than `limit` weights."""
+    """Return a random model in evaluation mode, norms and biases moved off 1 and 0.
+
+    Raises MemoryError for one of more than `limit` weights.
+    """
     import transformers
 
     config = make_config(model_type, changes)
     kind = getattr(transformers, class_name)
-    if type(config) is not kind.config_class and hasattr(config, "get_text_config"):
-        inner = config.get_text_config()
-        config = inner if isinstance(inner, kind.config_class) else config
+    if not isinstance(config, kind.config_class):  # a composite's type stands for its language model
+        config = next((c for c in vars(config).values() if isinstance(c, kind.config_class)), config)
     with torch.device("meta"):
         count = sum(p.numel() for p in kind(config).parameters())
     if count > limit:

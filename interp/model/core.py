@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -39,7 +40,8 @@ class Model:
         self._source = Native(hf, self._anatomy) if bridge is None else Bridged(bridge, self._anatomy)
         self.backend = self._source.name
         self._places, self.aliases = self._source.places()  # aliases: further spellings -> canonical name
-        self._modules: dict[str, Place] = {}
+        self._spelled: dict[str, Place] = {}  # every spelling asked for so far
+        self._roots: dict[str, list[nn.Module]] = {}
         self._fingerprint: str | None = None
         self._packs: bool | None = None  # unknown until documents first share a row
         self._offsets: dict[tuple[str, str], int | None] = {}  # of positions in padded rows, by stack and side
@@ -64,7 +66,7 @@ class Model:
         """Rows of the embedding matrix (the tokenizer may use fewer)."""
         return int(embedding(self.hf).weight.shape[0])
 
-    @property
+    @cached_property
     def n_ctx(self) -> int:
         """The longest row in tokens; sys.maxsize where the architecture sets no limit."""
         config = text_config(self.hf)
@@ -110,15 +112,16 @@ class Model:
 
     def place(self, name: str) -> Place:
         """Return the module and side of a hook point; raises HookPointError naming the closest."""
+        if name in self._spelled:
+            return self._spelled[name]
         sizes = {prefix: len(stack.blocks) for prefix, stack in self._stacks.items()}
-        full = canonical_name(name, sizes) or self.aliases.get(name, name)
-        place = self._places.get(full) or self._modules.get(name)
-        if place is not None:
-            return place
-        module = self._source.find(name) if name else None
-        if module is None:
-            raise unknown_hook(self.name, name, self._places)
-        return self._modules.setdefault(name, module_place(self, name, module, self._places))
+        place = self._places.get(canonical_name(name, sizes) or self.aliases.get(name, name))
+        if place is None:
+            module = self._source.find(name) if name else None
+            if module is None:
+                raise unknown_hook(self.name, name, self._places)
+            place = module_place(self, name, module, self._places)
+        return self._spelled.setdefault(name, place)
 
     def blocks_of(self, prefix: str) -> list[nn.Module]:
         """Return the blocks of a stack ("blocks"; "encoder_blocks" and "decoder_blocks" where there are two)."""
@@ -130,9 +133,11 @@ class Model:
 
     def roots(self, prefix: str) -> list[nn.Module]:
         """Return the nested modules that are called with the token ids of a stack, outermost first."""
-        parts = self._stacks[prefix].path.split(".")[:-1]
-        nested = [self.hf, *(self.hf.get_submodule(".".join(parts[: i + 1])) for i in range(len(parts)))]
-        return nested if prefix == BLOCKS else nested[-1:]
+        if prefix not in self._roots:
+            parts = self._stacks[prefix].path.split(".")[:-1]
+            nested = [self.hf, *(self.hf.get_submodule(".".join(parts[: i + 1])) for i in range(len(parts)))]
+            self._roots[prefix] = nested if prefix == BLOCKS else nested[-1:]
+        return self._roots[prefix]
 
     @contextmanager
     def wanting(self, stacks: Iterable[str]) -> Iterator[None]:

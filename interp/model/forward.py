@@ -47,13 +47,18 @@ def block_input(args: tuple, kwargs: dict) -> Any:
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Switch every submodule to evaluation, and restore each one's own mode."""
-    training, left = [], [model]
-    while left:  # twice as fast as model.modules(), and this runs at every forward
+    training: list[nn.Module] = []
+    left: list[nn.Module | None] = [model]
+    while left:  # several times as fast as model.modules(), and this runs at every forward
         m = left.pop()
-        if m.training:
+        if m is None:
+            continue
+        held = m.__dict__
+        if held["training"]:
             m.training = False
             training.append(m)
-        left.extend(c for c in m._modules.values() if c is not None)
+        if held["_modules"]:
+            left += held["_modules"].values()
     try:
         yield
     finally:

@@ -37,7 +37,9 @@ def find_offset(
     mask[:, :PADS] = 0 if side == "left" else 1
     mask[:, width:] = 1 if side == "left" else 0
     pad = getattr(text_config(hf), "pad_token_id", None)
-    tries: list[int | None] = [0] + ([pad + 1] if isinstance(pad, int) and pad >= 0 else []) if named else []
+    tries: list[int | None] = [0] if named else []
+    if named and isinstance(pad, int) and pad >= 0:
+        tries.append(pad + 1)
     tries = [*tries, None] if side == "left" else [None, *tries]
 
     def at_last(given: dict[str, Any]) -> Tensor:

@@ -185,13 +185,13 @@ def _sound(name: str, seen: Probe) -> bool:
         return False
     if kind not in ("attn_out", "cross_attn_out", "mlp_out", "resid_mid"):
         return True
-    found = {k: seen.outputs.get(f"{stem}.hook_{k}") for k in BLOCK_KINDS}
-    terms = [found[k] for k in ("resid_pre", "attn_out", "cross_attn_out") if found[k] is not None]
-    if found["resid_pre"] is None or found["resid_post"] is None or found["attn_out"] is None:
+    found = {k: v for k in BLOCK_KINDS if isinstance(v := seen.outputs.get(f"{stem}.hook_{k}"), Tensor)}
+    terms = [found[k] for k in ("resid_pre", "attn_out", "cross_attn_out") if k in found]
+    if not {"resid_pre", "attn_out", "mlp_out" if kind != "resid_mid" else kind, "resid_post"} <= set(found):
         return False
     if kind == "resid_mid":
-        return sums_to(found["resid_mid"], *terms)
-    return found["mlp_out"] is not None and sums_to(found["resid_post"], *terms, found["mlp_out"])
+        return sums_to(found[kind], *terms)
+    return sums_to(found["resid_post"], *terms, found["mlp_out"])
 
 
 def module_place(model: "Model", name: str, module: nn.Module, places: dict[str, Place]) -> Place:
