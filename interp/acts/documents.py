@@ -99,7 +99,7 @@ def _rendered(model: Model, number: int, chat: Sequence[Mapping], add_generation
 
 
 def _ids(number: int, document: Any) -> Int[Tensor, " t"]:
-    found = torch.as_tensor(document if isinstance(document, (Tensor, np.ndarray)) else [int(i) for i in document])
+    found = torch.as_tensor(document if isinstance(document, (Tensor, np.ndarray)) else list(document))
     if found.ndim != 1 or (len(found) and (found.is_floating_point() or found.dtype == torch.bool)):
         got = f"{str(found.dtype).removeprefix('torch.')} of shape {tuple(found.shape)}"
         raise ValueError(f"document {number} is {got}; it must be a text, a chat, or one row of token ids")

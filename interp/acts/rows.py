@@ -114,7 +114,9 @@ def median_norm(values: Float[Tensor, "n d"]) -> float:
     return float(row_norms(values).median())
 
 
-def is_outlier(values: Float[Tensor, "n d"], median: float, multiple: float = OUTLIER_MULTIPLE) -> Bool[Tensor, " n"]:
+def is_outlier(
+    values: Float[Tensor, "n d"], median: float, multiple: float | int = OUTLIER_MULTIPLE
+) -> Bool[Tensor, " n"]:
     """Return which rows have a norm above `multiple` times `median`, computed in float32."""
     return row_norms(values) > multiple * median
 

@@ -1,9 +1,5 @@
 """Captured rows: the right tokens, the right values, whoever shared the batch."""
 
-import os
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,44 +14,9 @@ from sae.extras import MissingError
 TEXTS = ["w5 w6 w7", "", "w8", "w9 w10 w11 w12 w13 w14", "w15 </s> w16"]
 
 
-def make(family, **changes):
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-
-    ids = {"vocab_size": 97, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    sizes = {
-        "llama": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4},
-        "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4},
-    }[family]
-    limit = {"llama": "max_position_embeddings", "gpt2": "n_positions"}[family]
-    with torch.random.fork_rng():
-        torch.manual_seed(17)
-        config = CONFIG_MAPPING[family](**{**sizes, limit: 32, **ids, **changes})
-        return AutoModelForCausalLM.from_config(config)  # left in training mode, dropout on, as a user might
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    torch.set_num_threads(1)
-    known = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, **{f"w{i}": i for i in range(4, 97)}}
-    inner = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-    folder = tmp_path_factory.mktemp("words")
-    PreTrainedTokenizerFast(tokenizer_object=inner, **names).save_pretrained(folder)
-    return AutoTokenizer.from_pretrained(folder)
-
-
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
-def model(request, words):
-    return load_model(make(request.param), tokenizer=words)
-
-
-@pytest.fixture(scope="module")
-def llama(words):
-    return load_model(make("llama"), tokenizer=words)
+def model(request, build, words):
+    return load_model(build(request.param), tokenizer=words)
 
 
 def one_by_one(model, rows, name, special=(0, 1, 2, 3)):
@@ -124,8 +85,8 @@ def test_any_spelling_asks_for_the_same_rows(llama):
         capture_acts(llama, TEXTS, ["resid_pots.1"])
 
 
-def test_documents_of_token_ids_are_taken_as_they_are(words):
-    bare = load_model(make("llama"))
+def test_documents_of_token_ids_are_taken_as_they_are(build):
+    bare = load_model(build("llama"))
     for documents in ([[5, 6], [1, 7]], torch.tensor([[5, 6], [1, 7]]), (row for row in [(5, 6), (1, 7)])):
         acts = capture_acts(bare, documents, "resid_post.0")
         assert acts.token_ids.tolist() == [5, 6, 7] and acts.positions.tolist() == [0, 1, 1] and acts.texts is None
@@ -150,10 +111,10 @@ def test_nothing_gives_no_rows(llama, texts):
 
 
 def test_long_documents_are_cut_only_when_asked(llama):
-    long = "w5 " * 40
-    with pytest.raises(ValueError, match=r"document 1 has 41 tokens, .* takes 32; cut it with max_len=32"):
+    long = "w5 " * 70
+    with pytest.raises(ValueError, match=r"document 1 has 71 tokens, .* takes 64; cut it with max_len=64"):
         capture_acts(llama, ["w6", long], "resid_post.0")
-    assert len(capture_acts(llama, ["w6", long], "resid_post.0", max_len=32)) == 1 + 31
+    assert len(capture_acts(llama, ["w6", long], "resid_post.0", max_len=64)) == 1 + 63
     assert len(capture_acts(llama, ["w6", long], "resid_post.0", max_len=4)) == 1 + 3
 
 
@@ -163,8 +124,8 @@ def test_wrong_options_are_refused(llama, wrong):
         capture_acts(llama, TEXTS, "resid_post.0", **wrong)
 
 
-def test_capture_leaves_a_training_model_in_training_and_draws_no_random_numbers(words):
-    hf = make("gpt2")
+def test_capture_leaves_a_training_model_in_training_and_draws_no_random_numbers(build, words):
+    hf = build("gpt2")
     hf.train()
     random = torch.get_rng_state()
     model = load_model(hf, tokenizer=words)
@@ -177,8 +138,8 @@ def test_capture_leaves_a_training_model_in_training_and_draws_no_random_numbers
     (first**2).sum().backward()
 
 
-def test_the_dtype_is_float32_unless_told_otherwise(words):
-    model = load_model(make("llama").to(torch.bfloat16), tokenizer=words)
+def test_the_dtype_is_float32_unless_told_otherwise(build, words):
+    model = load_model(build("llama").to(torch.bfloat16), tokenizer=words)
     assert capture_acts(model, TEXTS, "resid_post.0")["resid_post.0"].dtype == torch.float32
     own = capture_acts(model, TEXTS, "resid_post.0", dtype=None)["resid_post.0"]
     assert own.dtype == torch.bfloat16
