@@ -11,6 +11,7 @@ import math
 import mmap
 import os
 import sys
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,8 +29,8 @@ ROUNDS, SMALL_ROUNDS, SMALL = 8, 24, 4096  # statistics see 4 rounds at any n, 6
 PIECE = 1 << 16  # positions of the order computed at once: numpy's cost a call is gone, and 0.5 MB is held
 WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}  # NumPy has no bfloat16
-MADV_RANDOM, MADV_WILLNEED, MADV_HUGEPAGE = 1, 3, 14  # the numbers of Linux
-HEAP_LIMIT = 32 << 20  # bytes from which glibc gives every array fresh pages
+ORDER = 64 * PIECE  # bytes that a piece takes while it is computed
+MADV_RANDOM, MADV_WILLNEED = 1, 3  # the numbers of Linux
 
 Shard = Tensor | np.ndarray
 
@@ -69,9 +70,11 @@ class Batches:
     batches run over the seam of two epochs; without, rows come in order. `epochs` None never ends; after the last of a
     number of epochs a rest smaller than a batch is left out, or yielded with `drop_last` False.
 
-    A thread reads up to `prefetch` batches ahead (0: none), as far as `buffer_mb` MB hold them beside the one handed
-    out. `sparse_reads`: True asks the system for single rows and not for their surroundings, which is right when the
-    shards do not fit in memory and ruins the first epoch when they do; None decides by the machine's memory.
+    A thread reads up to `prefetch` batches ahead (0: none), as many as fit into `buffer_mb` MB with the two that the
+    caller handles. Batches that the caller keeps come on top. Mapped pages of the shards are the system's, which takes
+    them back when it needs memory: to unmap them ourselves would only make every later touch fault again.
+    `sparse_reads`: True asks the system for single rows and not for their surroundings, which is right when the shards
+    do not fit in memory and slows the first epoch when they do; None decides by the machine's memory.
 
     Raises ValueError for sizes that make no sense and for shards that differ in width or dtype.
     """
@@ -105,7 +108,8 @@ class Batches:
         one = batch_size * sum(t.d * _itemsize(t.dtype, dtype) for t in self._tables.values())
         if one > buffer_mb * 1e6:
             raise ValueError(f"buffer_mb is {buffer_mb:g}, and one batch takes {one / 1e6:.1f} MB: a larger buffer_mb")
-        self.prefetch = min(prefetch, int(buffer_mb * 1e6 // one))
+        # beside those read ahead there are the one handed out and, for a moment, the one before it
+        self.prefetch = max(0, min(prefetch, int((buffer_mb * 1e6 - ORDER) // one) - 2))
         if sparse_reads is None:
             sparse_reads = sum(t.n_bytes for t in self._tables.values()) > _memory()
         self.sparse_reads = sparse_reads
@@ -113,6 +117,7 @@ class Batches:
             for table in self._tables.values():
                 table.expect_random()
         self._position = 0
+        self._idle: dict[int, deque[np.ndarray]] = {}
         self._piece: tuple[tuple[int, int], dict[str, Tensor]] = ((-1, -1), {})
 
     def __len__(self) -> int:
@@ -175,10 +180,7 @@ class Batches:
         return 0 if left < self.batch_size and self.drop_last else min(left, self.batch_size)
 
     def _read(self, start: int, count: int) -> Any:
-        out = {name: torch.empty(count, t.d, dtype=t.dtype) for name, t in self._tables.items()}
-        for values in out.values():
-            if values.nbytes >= HEAP_LIMIT:  # fresh pages of 4 kB each would cost more than the copy
-                _advise(values.data_ptr(), values.nbytes, MADV_HUGEPAGE)
+        out = {name: self._lend(count, t.d, t.dtype) for name, t in self._tables.items()}
         done = 0
         while done < count:
             epoch, row = divmod(start + done, self.n_rows)
@@ -187,8 +189,24 @@ class Batches:
             for name, table in self._tables.items():
                 table.gather(offsets[name][skip : skip + n], out[name][done : done + n], self.sparse_reads)
             done += n
-        out = {name: values.to(self.dtype or values.dtype) for name, values in out.items()}
+        if self.dtype is not None:
+            out = {name: self._lend(count, x.shape[1], self.dtype).copy_(x) for name, x in out.items()}
         return out[""] if self._single else out
+
+    def _lend(self, count: int, d: int, dtype: torch.dtype) -> Shaped[Tensor, "{count} {d}"]:
+        """Return memory for rows, taken back when the last tensor on it is gone.
+
+        malloc instead leaves holes (20 batches of memory for 4 held), and fresh pages for every batch above 32 MB.
+        """
+        size = self.batch_size * d * dtype.itemsize
+        idle = self._idle.setdefault(size, deque(maxlen=self.prefetch + 2))
+        try:
+            memory = idle.pop()
+        except IndexError:
+            memory = np.empty(size, dtype=np.uint8)
+        lent = memory.view()  # an object of its own, which torch keeps for as long as the storage
+        weakref.finalize(lent, idle.append, memory).atexit = False
+        return torch.from_numpy(lent)[: count * d * dtype.itemsize].view(dtype).view(count, d)
 
     def _offsets(self, epoch: int, block: int) -> dict[str, Int64[Tensor, " i"]]:
         """Return where the rows of a piece of an epoch's order lie, for each hook point; the last piece is kept."""

@@ -256,7 +256,7 @@ def test_a_state_of_another_order_is_refused(change, told):
 
 def test_no_more_is_read_ahead_than_the_buffer_holds():
     rows = table(5000, 250)  # 1 kB a row
-    for buffer_mb, expected in ((0.1, 1), (0.35, 3), (100, 5)):
+    for buffer_mb, expected in ((0.1, 0), (4.75, 3), (100, 5)):
         reader = Batches([rows], 100, buffer_mb=buffer_mb, prefetch=5)
         started, real = [], reader._read
         reader._read = lambda start, count, started=started, real=real: started.append(start) or real(start, count)
@@ -266,6 +266,16 @@ def test_no_more_is_read_ahead_than_the_buffer_holds():
         time.sleep(0.05)
         assert max(started) // 100 - 1 == expected
         running.close()
+
+
+def test_memory_is_used_again_only_when_no_tensor_lies_on_it():
+    reader = Batches([table(1000)], 10, shuffle=False, prefetch=0)
+    running = iter(reader)
+    kept = [next(running) for _ in range(20)]
+    view = next(running)[2:3]  # the batch itself is gone
+    rest = {next(running).data_ptr() for _ in range(20)}
+    assert numbers(kept) == list(range(200)) and numbers([view]) == [202]
+    assert len(rest) <= 2 and not rest & {batch.data_ptr() for batch in kept}
 
 
 def test_the_reading_thread_ends_with_the_loop():
