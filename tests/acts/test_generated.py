@@ -113,7 +113,7 @@ def test_each_returned_sequence_is_a_document(llama):
 
 
 def with_twins(model):
-    """Make every token but EOS tie with its neighbour: the rows of the head are equal in pairs."""
+    """Make w4 tie with w5, and so on to w95: the rows of the head are equal in pairs."""
     weight = model.hf.lm_head.weight.data
     weight[5::2] = weight[4:-1:2]
     return model
@@ -122,12 +122,10 @@ def with_twins(model):
 def test_greedy_near_ties_are_reported_where_they_were_chosen(build, words):
     clear = load_model(build("llama", tie_word_embeddings=False), tokenizer=words)
     assert len(capture_acts(clear, PROMPTS, "embed", generate=10).near_ties) < 3
-    free = with_twins(load_model(build("llama", tie_word_embeddings=False), tokenizer=words))
-    after = torch.tensor(texts_of(capture_acts(free, PROMPTS, "embed", generate=10), new=True)[1][3])
-    model = with_twins(ending(build, words, after)[0])  # rows of unequal length, left pads, two batches
-    acts = capture_acts(model, PROMPTS, "embed", generate=10, exclude=("pad",), batch_size=2)
+    model = with_twins(load_model(build("llama", tie_word_embeddings=False), tokenizer=words))
+    acts = capture_acts(model, PROMPTS, "embed", generate=10, exclude=("pad",), batch_size=2)  # left pads, two batches
     assert len({len(new) for new in texts_of(acts, new=True)}) > 1
-    tied = acts.is_new & (acts.token_ids != 2)
+    tied = acts.is_new & (acts.token_ids >= 4) & (acts.token_ids < 96)
     want = list(zip(acts.documents[tied].tolist(), acts.positions[tied].tolist(), strict=True))
     assert [(tie.document, tie.position) for tie in acts.near_ties] == want
     assert all(tie.margin < 1e-6 for tie in acts.near_ties)
