@@ -90,9 +90,10 @@ def _watched(hf: nn.Module, lists: dict[str, nn.ModuleList]) -> dict[str, nn.Mod
         for name, m in hf.get_submodule(owner).named_children():
             if not isinstance(m, nn.ModuleList):
                 watched[f"{owner}.{name}" if owner else name] = m
-    embed = embedding(hf)
-    if all(m is not embed for m in watched.values()):
-        watched[next(name for name, m in hf.named_modules() if m is embed)] = embed
+    at = next(name for name, m in hf.named_modules() if m is embedding(hf))
+    owner = at.rpartition(".")[0]
+    beside = {f"{owner}.{name}".lstrip("."): m for name, m in hf.get_submodule(owner).named_children()}
+    watched.update({name: m for name, m in beside.items() if not isinstance(m, nn.ModuleList)})
     return watched
 
 
@@ -201,7 +202,7 @@ def dissect(hf: nn.Module, blocks: str | None = None) -> Anatomy:
         last = seen.outputs[f"{main.path}.{len(main.blocks) - 1}"]
         has_logits = isinstance(logits, Tensor) and logits.ndim == 3 and logits.shape[:2] == last.shape[:2]
         tail = plain_tail(hf, main.path, main.final_norm, last, logits) if has_logits else None
-    return Anatomy(stacks, token_embedding(main.path, seen, embedding(hf)), has_logits, tail)
+    return Anatomy(stacks, token_embedding(f"{main.path}.0", seen, embedding(hf)), has_logits, tail)
 
 
 def _stack(prefix: str, path: str, blocks: nn.ModuleList, seen: Probe) -> Stack:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from interp.model import packing, padding, tokens
 from interp.model.anatomy import BLOCKS, DECODER, ENCODER, AnatomyError, Stack, dissect
-from interp.model.fingerprint import fingerprint
+from interp.model.fingerprint import fingerprint, offloaded
 from interp.model.forward import embedding, eval_mode, no_cache, replace_first, text_config, token_device
 from interp.model.hooks import HookPoint, Place, StopForward, canonical_name, unknown_hook
 from interp.model.parts import finish_logits, through
@@ -311,7 +311,10 @@ class Model:
         head = self.hf.get_output_embeddings()
         if head is None:
             raise AnatomyError(f"{self.name} has no output embedding")
-        return head.weight.detach()
+        weight = head.weight
+        if weight.is_meta:
+            return offloaded(self.hf, next(n for n, m in self.hf.named_modules() if m is head) + ".weight")
+        return weight.detach()
 
     def generate(self, texts: str | Sequence[str], max_new_tokens: int = 20, **options: Any) -> list[str]:
         """Return the new text for each prompt (each return sequence), greedy unless `options` say otherwise.

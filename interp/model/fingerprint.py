@@ -22,7 +22,7 @@ def fingerprint(hf: nn.Module) -> str:
     kept = {k: v for k, v in config.items() if k not in _UNHASHED}
     digest = hashlib.sha256(f"{type(hf).__name__} {json.dumps(kept, sort_keys=True, default=str)}".encode())
     for name, held in sorted(hf.state_dict().items()):
-        value = _offloaded(hf, name) if held.is_meta else held
+        value = offloaded(hf, name) if held.is_meta else held
         flat = value.detach().reshape(-1)
         step = max(1, math.ceil(flat.numel() / SAMPLE))
         while step > 1 and math.gcd(step, value.shape[-1]) > 1:  # else some columns would never be looked at
@@ -32,8 +32,11 @@ def fingerprint(hf: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _offloaded(hf: nn.Module, name: str) -> Tensor:
-    """Return a weight from where accelerate's hook on its module (or on one around it) holds it."""
+def offloaded(hf: nn.Module, name: str) -> Tensor:
+    """Return a weight from where accelerate's hook on its module (or on one around it) holds it.
+
+    Raises ValueError where nothing does.
+    """
     owner, rest = name.rpartition(".")[0], name.rpartition(".")[2]
     while True:
         hook: Any = getattr(hf.get_submodule(owner), "_hf_hook", None)

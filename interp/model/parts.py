@@ -83,7 +83,7 @@ def added(path: str, block: nn.Module, seen: Probe) -> Added:
             if not sums_to(post, *terms):
                 continue
             parts = {"attn_out": Part(a, "output", f"{path}.{a_name}")}
-            mid = _mid(path, block, seen, [pre, a_out] if c is None else [pre, a_out, c_out])
+            mid = _mid(path, block, seen, [pre, a_out]) if c is None else None  # between three parts there is no middle
             if c is not None:
                 parts["cross_attn_out"] = Part(c, "output", f"{path}.{c_name}")
             if mid is not None:
@@ -134,16 +134,23 @@ def final_norm(path: str, last: str, seen: Probe) -> Part | None:
     return None
 
 
-def token_embedding(path: str, seen: Probe, embed: nn.Module) -> Part | None:
-    """Return the token embedding as the stream takes it: after a norm of its own where there is one (Bloom)."""
-    owner = path.rpartition(".")[0]
+def token_embedding(first: str, seen: Probe, embed: nn.Module) -> Part | None:
+    """Return the token embedding as the stream takes it: after a norm of its own where there is one (Bloom, BERT).
+
+    Such a norm gives what the block `first` takes. None for an embedding that runs for an encoder and a decoder, or
+    gives no single tensor: it is no single place.
+    """
     name = next(n for n, m in seen.modules.items() if m is embed)
-    normed = f"{owner}.word_embeddings_layernorm".lstrip(".")
-    if normed in seen.outputs:
-        return Part(seen.modules[normed], "output", normed)
-    value = seen.outputs.get(name)
-    # one that runs for encoder and decoder, or gives several streams, is no single place
-    return Part(embed, "output", name) if seen.calls[name] == 1 and isinstance(value, Tensor) else None
+    if seen.calls[name] != 1 or not isinstance(seen.outputs.get(name), Tensor):
+        return None
+    start = seen.inputs[first]
+    for normed, module in seen.modules.items():
+        value = seen.outputs.get(normed)
+        if normed.startswith(first.rpartition(".")[0] + ".") or not is_norm(normed, module):
+            continue
+        if isinstance(value, Tensor) and value.shape == start.shape and torch.equal(value, start):
+            return Part(module, "output", normed)
+    return Part(embed, "output", name)
 
 
 def finish_logits(hf: nn.Module, logits: Float[Tensor, "*rows v"]) -> Float[Tensor, "*rows v"]:

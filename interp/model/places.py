@@ -139,7 +139,8 @@ class Bridged:
         owner = {EMBED: self.anatomy.main.prefix}
         for prefix, stack in stacks.items():
             owner.update({f"{prefix}.{i}.hook_{k}": prefix for i in range(len(stack.blocks)) for k in BLOCK_KINDS})
-            owner[SIDES[prefix] + FINAL_NORM] = prefix
+            if stack.final_norm is not None:  # BERT's ln_final lies in its head
+                owner[SIDES[prefix] + FINAL_NORM] = prefix
         seen = Probe({name: hooks[name] for name in owner if name in hooks})
         hf = self.bridge.original_model
         given = probe_call(hf)
@@ -190,7 +191,7 @@ def _sound(name: str, seen: Probe) -> bool:
     if not {"resid_pre", "attn_out", "mlp_out" if kind != "resid_mid" else kind, "resid_post"} <= set(found):
         return False
     if kind == "resid_mid":
-        return sums_to(found[kind], *terms)
+        return "cross_attn_out" not in found and sums_to(found[kind], *terms)
     return sums_to(found["resid_post"], *terms, found["mlp_out"])
 
 
