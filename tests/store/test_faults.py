@@ -140,6 +140,19 @@ def test_a_torn_journal_line_costs_one_shard_and_a_damaged_one_is_told(forker, w
     assert forker.run(root)["status"] == 0 and content(root) == content(whole[0])
 
 
+def test_another_text_is_refused_while_the_plan_is_being_made(forker, whole, tmp_path):
+    root, op = tmp_path / "s", 0
+    while not (list(root.glob("tokens/*.safetensors")) and not (root / "tokens" / "plan.json").exists()):
+        shutil.rmtree(root, ignore_errors=True)
+        assert forker.run(root, op=op, deed="kill")["status"] == -9
+        op += 1
+    before = content(root)
+    found = forker.run(root, texts=4)
+    assert found["status"] == 1 and "was begun with another text" in found["error"]
+    assert not list(root.glob("acts/*")) and before.items() <= content(root).items()
+    assert forker.run(root)["status"] == 0 and content(root) == content(whole[0])
+
+
 def test_two_processes_make_the_store_of_one(whole, tmp_path, forker):
     from conftest import Forker
 
