@@ -127,7 +127,7 @@ class Gather:
         multiple = self.chosen.exclude.outlier
         removed = dict(self.chosen.removed)
         if multiple is not None:
-            keep = torch.ones(len(rows), dtype=torch.bool)
+            keep = torch.ones(len(self.tokens), dtype=torch.bool)
             for norms in self.norms.values():
                 keep &= ~(norms > multiple * norms.nanmedian()) if len(norms) else keep
             removed[f"outlier:{multiple:g}"] = int((~keep).sum())
@@ -139,8 +139,8 @@ class Gather:
         return shares, {name: _nonfinite_rows(self.values[name]) for name in sorted(self.suspects)}
 
 
-def compact(values: Float[Tensor, "n d"], keep: Bool[Tensor, " n"]) -> None:
-    """Drop rows in place, holding no second copy."""
+def compact(values: Tensor, keep: Bool[Tensor, " n"]) -> None:
+    """Keep the rows told of [n, d] values, in place and without a second copy."""
     end = 0
     for start in range(0, len(values), CHUNK):
         part = values[start : start + CHUNK][keep[start : start + CHUNK]]

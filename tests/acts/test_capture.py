@@ -6,6 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from interp.acts.capture import capture_acts, capture_batch, capture_packed, pool
+from interp.acts.gather import compact
+from interp.acts.rows import DEFAULT_EXCLUDE, NonFiniteError
 from interp.model.hooks import HookPointError
 from interp.model.loading import load_model
 from interp.model.tokens import pack
@@ -196,3 +198,147 @@ def test_progress_goes_to_standard_error(llama, capsys):
     capture_acts(llama, TEXTS, "resid_post.0", progress=True)
     shown = capsys.readouterr()
     assert shown.out == "" and "capture" in shown.err
+
+
+def test_the_first_tokens_and_the_named_ones_can_be_left_out_and_the_shares_are_told(llama):
+    texts = ["w5 w6 </s> w7", "w8 w9"]  # with BOS 5 and 3 tokens
+    acts = capture_acts(llama, texts, "resid_post.1", exclude=("bos", "special", "first:3"), include=[7, 9, 5])
+    assert acts.token_ids.tolist() == [7] and acts.positions.tolist() == [4]
+    assert acts.removed == {"bos": 2 / 8, "special": 1 / 8, "first:3": 4 / 8, "include": 0}
+    whole = capture_acts(llama, texts, "resid_post.1")
+    assert torch.equal(acts["resid_post.1"][0], whole["resid_post.1"][2])
+
+
+@pytest.mark.parametrize(
+    "include",
+    [[6, 8], lambda ids: torch.isin(ids, torch.tensor([6, 8])), [[0, 0, 1, 0], [0, 1]], "cut"],
+    ids=["ids", "function", "masks", "masks of cut documents"],
+)
+def test_a_user_names_the_rows_by_ids_by_a_function_or_by_masks(llama, include):
+    texts, max_len = ["w5 w6 w7", "w8"], None
+    if include == "cut":  # masks are those of whole documents
+        texts, max_len, include = ["w5 w6 w7", "w8"], 3, [[0, 0, 1, 1], [0, 1]]
+    if isinstance(include, list) and isinstance(include[0], list):
+        include = [[bool(x) for x in mask] for mask in include]
+    acts = capture_acts(llama, texts, "resid_post.1", include=include, max_len=max_len)
+    assert acts.token_ids.tolist() == [6, 8] and acts.documents.tolist() == [0, 1]
+    whole = capture_acts(llama, texts, "resid_post.1")
+    assert (acts["resid_post.1"] - whole["resid_post.1"][[1, 3]]).abs().max() < 1e-6
+    assert capture_acts(llama, texts, "embed", include=lambda ids: ids > 90).n_documents == 2
+
+
+def test_outliers_at_any_hook_point_are_taken_out_and_counted(build, words):
+    hf = build("llama")
+    hf.get_input_embeddings().weight.data[9] *= 400  # a word whose norm is far above the median
+    model = load_model(hf, tokenizer=words)
+    texts = ["w5 w6 w9 w7", "w8 w9", "w10 w11 w12"]
+    plain = capture_acts(model, texts, ["embed", "resid_post.1"])
+    acts = capture_acts(model, texts, ["embed", "resid_post.1"], exclude=(*DEFAULT_EXCLUDE, "outlier"))
+    stays = plain.token_ids != 9
+    assert plain.token_ids.tolist().count(9) == 2 and acts.token_ids.tolist() == plain.token_ids[stays].tolist()
+    assert acts.removed["outlier:10"] == pytest.approx(2 / 12) and "outlier:10" not in plain.removed
+    for hook in plain.hooks:
+        assert acts[hook].shape == (7, 32) and torch.equal(acts[hook], plain[hook][stays])
+    for name in ("positions", "documents", "is_special"):
+        assert torch.equal(getattr(acts, name), getattr(plain, name)[stays])
+    high = capture_acts(model, texts, ["embed", "resid_post.1"], exclude=(*DEFAULT_EXCLUDE, "outlier:1000"))
+    assert len(high) == len(plain) and high.removed["outlier:1000"] == 0
+
+
+def test_rows_are_moved_up_in_steps_where_many_are_taken_out():
+    generator = torch.Generator().manual_seed(5)
+    for n in (0, 1, 4096, 4097, 10_000):
+        values = torch.randn(n, 3, generator=generator)
+        keep = torch.rand(n, generator=generator) < 0.7
+        want = values[keep]
+        compact(values, keep)
+        assert torch.equal(values, want)
+
+
+def overflowing(build, words, dtype):
+    """Return a model whose word w9 has activations above what float16 holds, finite in wider types."""
+    hf = build("llama").to(dtype)
+    hf.get_input_embeddings().weight.data[9, 3] = 60_000.0
+    hf.model.layers[0].register_forward_hook(lambda module, args, output: output + output)
+    return load_model(hf, tokenizer=words)
+
+
+@pytest.mark.parametrize("into", [torch.float32, None])
+def test_float16_overflow_is_reported_with_its_place(build, words, into):
+    model = overflowing(build, words, torch.float16)
+    with pytest.raises(NonFiniteError) as error:
+        capture_acts(model, ["w5 w6", "w7", "w8 w10 w9 w4", "w9"], "resid_post.0", batch_size=2, dtype=into)
+    said = str(error.value)
+    assert "blocks.0.hook_resid_post" in said and "document 2, position 3" in said and "bfloat16" in said
+    assert not model.hf.model.layers[1]._forward_hooks  # nothing stays behind
+    assert len(capture_acts(model, ["w5 w6", "w7"], "resid_post.0", dtype=into)) == 3
+
+
+def test_a_finite_value_that_the_result_cannot_hold_is_the_same_error(build, words):
+    model = overflowing(build, words, torch.float32)
+    assert bool(capture_acts(model, ["w9"], "resid_post.0")["resid_post.0"].isfinite().all())
+    assert bool(capture_acts(model, ["w9"], "resid_post.0", dtype=torch.bfloat16)["resid_post.0"].isfinite().all())
+    with pytest.raises(NonFiniteError, match=r"1 infinite of 32 values at document 1, position 1 \(float16\)"):
+        capture_acts(model, ["w5", "w9"], "resid_post.0", dtype=torch.float16)
+
+
+def test_nonfinite_rows_can_be_kept_and_are_named(build, words):
+    model = overflowing(build, words, torch.float16)
+    texts = ["w5 w6", "w9", "w8 w10 w9 w4"]
+    acts = capture_acts(model, texts, ["embed", "resid_post.0"], nonfinite="keep")
+    assert set(acts.nonfinite) == {"blocks.0.hook_resid_post"}
+    rows = acts.nonfinite["blocks.0.hook_resid_post"]
+    places = list(zip(acts.documents[rows].tolist(), acts.positions[rows].tolist(), strict=True))
+    assert (1, 1) in places and (2, 3) in places and (0, 1) not in places
+    assert torch.equal(rows, (~acts["resid_post.0"].isfinite().all(1)).nonzero().squeeze(1))
+    assert capture_acts(model, ["w5"], "embed", nonfinite="keep").nonfinite == {}
+    gone = capture_acts(model, texts, "embed", exclude=("pad", "outlier"), nonfinite="keep")
+    assert 9 not in gone.token_ids.tolist()
+    with pytest.raises(ValueError, match="must be one of: raise, keep"):
+        capture_acts(model, texts, "embed", nonfinite="drop")
+
+
+def test_large_finite_values_are_no_alarm(build, words):
+    hf = build("llama")
+    hf.get_input_embeddings().weight.data[9:12] = 3e38  # their sum overflows float32, none of them does
+    acts = capture_acts(load_model(hf, tokenizer=words), ["w9 w10 w11"], "embed")
+    assert len(acts) == 3 and bool(acts["embed"].isfinite().all())
+
+
+def test_packed_batches_report_what_is_not_finite_too(build, words):
+    model = overflowing(build, words, torch.float16)
+    batches = list(pack(words, ["w5 w6 w7", "w8 w9"], 8, batch_size=1))
+    with pytest.raises(NonFiniteError, match="document 1, position"):
+        list(capture_packed(model, batches, "resid_post.0"))
+    (kept,) = capture_packed(model, batches, "resid_post.0", nonfinite="keep")
+    assert len(kept.nonfinite["blocks.0.hook_resid_post"]) >= 1
+
+
+def test_packed_documents_that_are_masked_are_captured_as_if_alone(llama, words):
+    texts = ["w5 w6 w7", "w8 w9 w10 w11", "w12"]
+    found = {}
+    for packing in ("masked", "joined"):
+        (acts,) = capture_packed(
+            llama, pack(words, texts, 20, packing=packing), "resid_post.2", exclude=("bos", "special")
+        )
+        assert acts.token_ids.tolist() == list(range(5, 13)) and acts.documents.tolist() == [0] * 3 + [1] * 4 + [2]
+        found[packing] = acts
+    alone = capture_acts(llama, ["w5 w6 w7 </s>", "w8 w9 w10 w11 </s>", "w12 </s>"], "resid_post.2")
+    assert found["masked"].positions.tolist() == alone.positions.tolist() == [1, 2, 3, 1, 2, 3, 4, 1]
+    assert (found["masked"]["resid_post.2"] - alone["resid_post.2"]).abs().max() < 1e-5
+    assert (found["joined"]["resid_post.2"] - alone["resid_post.2"]).abs().max() > 1e-3
+    (late,) = capture_packed(llama, pack(words, texts, 20, packing="masked"), "embed", exclude=("special", "first:3"))
+    assert late.token_ids.tolist() == [7, 10, 11] and late.removed["first:3"] == pytest.approx(5 / 14)
+
+
+def test_a_bridge_gives_the_same_rows_with_every_option(build, words):
+    hf = build("llama")
+    hf.get_input_embeddings().weight.data[9] *= 400
+    texts = ["w5 w6 w9 w7", "w8 </s> w9", "w10 w11 w12"]
+    options = {"exclude": ("bos", "special", "outlier"), "include": lambda ids: ids != 6}
+    one, two = (
+        capture_acts(load_model(hf, tokenizer=words, backend=backend), texts, "resid_post.1", **options)
+        for backend in ("native", "transformer_lens")
+    )
+    assert one.token_ids.tolist() == two.token_ids.tolist() == [5, 7, 8, 10, 11, 12] and one.removed == two.removed
+    assert (one["resid_post.1"] - two["resid_post.1"]).abs().max() < 1e-4
