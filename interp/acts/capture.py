@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from interp.acts import documents as docs
 from interp.acts.gather import Chosen, Gather, choose, choose_packed, shown
 from interp.acts.generated import generate_rows
 from interp.acts.rows import DEFAULT_EXCLUDE, Exclude, Included, parse_exclude
 from interp.model import tokens
+from interp.model.anatomy import DECODER, ENCODER
 from interp.model.hooks import canonical_name, expand, reading, unknown_hook
 from interp.model.loading import Model, as_model
 
@@ -94,6 +96,7 @@ def capture_acts(
     add_generation_prompt: bool | None = None,
     long: str | None = None,
     stride: int | None = None,
+    targets: Any = None,
     generate: int | Mapping[str, Any] | None = None,
     nonfinite: str = "raise",
     dtype: torch.dtype | None = torch.float32,
@@ -113,7 +116,11 @@ def capture_acts(
     `long` documents, of more than `max_len` (n_ctx where it is not given) tokens, are refused ("error"), cut to their
     first ones ("cut", the default where `max_len` is given), or read in overlapping "windows" of that length, `stride`
     (half the window) apart: a token is read once, in the window that shows most of what stands before it; windows
-    after the first have the document's BOS in front too. Positions are always those in the document.
+    after the first have the document's BOS (or CLS) in front too. Positions are always those in the document.
+
+    Of an encoder-decoder model one stream is read in a call. Hook points of the encoder read the texts; those of the
+    decoder read `targets`, one for each text (text, to which the decoder's start token is put in front, or ids), while
+    the encoder reads the texts: rows, documents and positions are then those of the targets.
 
     `generate` (a number of new tokens, or options of Hugging Face's generate) goes on writing after each document, and
     returns the rows of its tokens and of the new ones, EOS included, the last too (it gets a forward of its own); see
@@ -131,6 +138,7 @@ def capture_acts(
     spellings = _spellings(model, hooks, names)
     prompt = generate is not None if add_generation_prompt is None else add_generation_prompt
     given = docs.read_documents(model, texts, add_bos=add_bos, add_generation_prompt=prompt)
+    decoding = _decoding(model, names, targets, generate is not None)
     if generate is not None:
         if max_len is not None or long is not None:
             raise ValueError("max_len and long have no meaning beside generate: give prompts that leave room to go on")
@@ -140,6 +148,12 @@ def capture_acts(
         )  # fmt: skip
     limit = min(max_len or model.n_ctx, model.n_ctx)
     how = long or ("error" if max_len is None else "cut")
+    sources = None
+    if decoding:
+        if how == "windows":
+            raise ValueError('long="windows" cuts what a decoder has read; with targets give long="cut"')
+        sources = docs.trim(given, limit)[0] if how == "cut" else docs.check_length(model, given, limit)
+        given = docs.read_targets(model, targets, len(given), add_bos=add_bos)
     wanted = _wanted(include, given)
     if how == "cut":
         given, kept = docs.trim(given, limit)
@@ -147,8 +161,9 @@ def capture_acts(
     elif how == "error":
         docs.check_length(model, given, limit)
     gather = _gather(model, names, choose(model, given, excluded, wanted), dtype, nonfinite)
-    pieces = docs.Pieces(given, gather.chosen.keep, limit, stride, model.bos_id)
-    _run(model, gather, pieces, batch_size, progress)
+    front = model.bos_id if model.bos_id is not None else getattr(model.tokenizer, "cls_token_id", None)
+    pieces = docs.Pieces(given, gather.chosen.keep, limit, stride, front)
+    _run(model, gather, pieces, batch_size, progress, sources)
     return _acts(model, gather, spellings)
 
 
@@ -156,8 +171,16 @@ def _gather(model: Model, names: list[str], chosen: Chosen, dtype: torch.dtype |
     return Gather(model, {name: model.hook_point(name).d for name in names}, chosen, dtype, nonfinite == "keep")
 
 
-def _run(model: Model, gather: Gather, pieces: docs.Pieces, batch_size: int, progress: bool) -> None:
-    """Run the model over all pieces, each batch's rows into their places."""
+def _run(
+    model: Model,
+    gather: Gather,
+    pieces: docs.Pieces,
+    batch_size: int,
+    progress: bool,
+    sources: docs.Documents | None,
+) -> None:
+    """Run the model over all pieces, each batch's rows into their places; `sources` are what the encoder reads."""
+    texts = None if sources is None else sources.rows()
     batch: docs.Batch | None = None
 
     def note(name: str, value: Tensor) -> None:
@@ -167,7 +190,32 @@ def _run(model: Model, gather: Gather, pieces: docs.Pieces, batch_size: int, pro
     with reading(model, gather.values, note):
         for members in shown(pieces.batches(batch_size), progress):
             batch = pieces.batch(members)
-            model.run(batch.ids, batch.mask)
+            if texts is None:
+                model.run(batch.ids, batch.mask)
+                continue
+            held = [texts[i] for i in batch.numbers.tolist()]
+            ids, mask = (pad_sequence(x, batch_first=True) for x in (held, [torch.ones_like(t) for t in held]))
+            model.run(ids, mask.bool(), decoder_ids=batch.ids, decoder_mask=batch.mask)
+
+
+def _decoding(model: Model, names: list[str], targets: Any, generating: bool) -> bool:
+    """Return whether a decoder is read that needs targets; raises ValueError where the call does not fit the model."""
+    stacks = {model.place(name).stack for name in names}
+    if len(stacks) > 1:
+        raise ValueError(
+            f"the hook points lie in both streams of {model.name}, whose tokens differ; capture encoder and decoder in "
+            "two calls"
+        )
+    decoding = stacks == {DECODER}
+    if generating and stacks & {ENCODER, DECODER}:
+        raise ValueError(
+            f"{model.name} is an encoder-decoder: generate with it first, then capture with the new texts as targets="
+        )
+    if decoding and targets is None:
+        raise ValueError(f"{names[0]} is in the decoder of {model.name}: give targets=, one for each text")
+    if targets is not None and not decoding:
+        raise ValueError(f"{names[0]} is in no decoder that is given targets; leave targets out")
+    return decoding
 
 
 def _continued(

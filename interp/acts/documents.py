@@ -88,6 +88,24 @@ def read_documents(model: Model, given: Any, *, add_bos: bool = True, add_genera
     return documents
 
 
+def read_targets(model: Model, targets: Any, n: int, *, add_bos: bool = True) -> Documents:
+    """Return what a decoder is fed for `n` texts: of a text its tokens behind the decoder's start token, ids as given.
+
+    Raises ValueError for another number of targets, MissingError as read_documents does.
+    """
+    listed = [targets] if isinstance(targets, str) else list(targets)
+    if len(listed) != n:
+        raise ValueError(f"{len(listed)} targets for {n} texts; give one target a text")
+    found = read_documents(model, listed, add_bos=add_bos)
+    start = getattr(model.hf.config, "decoder_start_token_id", None)
+    rows = found.rows()
+    for i, target in enumerate(listed):
+        if isinstance(target, str) and start is not None and rows[i][:1].tolist() != [start]:
+            rows[i] = torch.cat([torch.tensor([start]), rows[i]])
+    counts = torch.tensor([len(row) for row in rows], dtype=torch.long)
+    return Documents(torch.cat(rows) if rows else found.ids, counts, found.texts)
+
+
 def _rendered(model: Model, number: int, chat: Sequence[Mapping], add_generation_prompt: bool) -> str:
     tokenizer = tokens.need_tokenizer(model.tokenizer)
     if not getattr(tokenizer, "chat_template", None):
@@ -118,8 +136,8 @@ def _check_ids(model: Model, documents: Documents) -> None:
     raise ValueError(f"document {number} has token id {bad}; {model.name} has ids 0 to {model.d_vocab - 1}{hint}")
 
 
-def check_length(model: Model, documents: Documents, limit: int) -> None:
-    """Raise ValueError for a document of more than `limit` tokens."""
+def check_length(model: Model, documents: Documents, limit: int) -> Documents:
+    """Return the documents; raises ValueError for a document of more than `limit` tokens."""
     over = (documents.counts > limit).nonzero()
     if len(over):
         number = int(over[0])
@@ -127,6 +145,7 @@ def check_length(model: Model, documents: Documents, limit: int) -> None:
             f"document {number} has {int(documents.counts[number])} tokens, {model.name} takes {limit}; "
             f'cut it with max_len={limit}, or read it by long="windows"'
         )
+    return documents
 
 
 def trim(documents: Documents, limit: int) -> tuple[Documents, Bool[Tensor, " n"]]:
@@ -141,6 +160,7 @@ class Batch:
 
     ids: Int[Tensor, "b t"]
     mask: Bool[Tensor, "b t"]
+    numbers: Int[Tensor, " b"]  # the document of each row
     where: Int[Tensor, " kept"]
     at: Int[Tensor, " kept"]
 
@@ -149,35 +169,35 @@ class Pieces:
     """Documents as rows of at most `limit` tokens: whole ones, and windows of longer ones.
 
     A long document has one window from its first token, and then one every `stride` tokens that ends there and is as
-    long as possible, with the document's BOS in front if it has one. Each token is read in the first window that holds
-    it, which is the one that shows the model most of the text before it.
+    long as possible, with the document's BOS (or CLS: `front_id`) in front if it has one. Each token is read in the
+    first window that holds it, which is the one that shows the model most of the text before it.
     """
 
     def __init__(
-        self, documents: Documents, keep: Bool[Tensor, " n"], limit: int, stride: int | None, bos_id: int | None
+        self, documents: Documents, keep: Bool[Tensor, " n"], limit: int, stride: int | None, front_id: int | None
     ):
         self._ids, self._keep = documents.ids, keep
         self._row = keep.long().cumsum(0) - 1  # the row that each kept token becomes
         starts, counts = documents.starts, documents.counts
         firsts = documents.ids[starts.clamp(max=max(0, len(documents.ids) - 1))] if len(documents.ids) else starts
-        # start and length in the flat ids, id of column 0, columns that give no rows
-        found: list[tuple[int, int, int, int]] = []
-        for start, count, first in zip(starts.tolist(), counts.tolist(), firsts.tolist(), strict=True):
+        # start and length in the flat ids, id of column 0, columns that give no rows, number of the document
+        found: list[tuple[int, int, int, int, int]] = []
+        for i, (start, count, first) in enumerate(zip(starts.tolist(), counts.tolist(), firsts.tolist(), strict=True)):
             if count:
-                found.append((start, min(count, limit), first, 0))
+                found.append((start, min(count, limit), first, 0, i))
             if count > limit:
-                found += self._windows(start, count, limit, stride, bos_id)
-        table = torch.tensor(found, dtype=torch.long).reshape(-1, 4)
+                found += [(*window, i) for window in self._windows(start, count, limit, stride, front_id)]
+        table = torch.tensor(found, dtype=torch.long).reshape(-1, 5)
         before = torch.cat([torch.zeros(1, dtype=torch.long), keep.long().cumsum(0)])
         gives = before[table[:, 0] + table[:, 1]] > before[table[:, 0] + table[:, 3]]
         table = table[gives]
         self._table = table[table[:, 1].argsort(descending=True, stable=True)]
 
     def _windows(
-        self, start: int, count: int, limit: int, stride: int | None, bos_id: int | None
+        self, start: int, count: int, limit: int, stride: int | None, front_id: int | None
     ) -> Iterator[tuple[int, int, int, int]]:
         first = int(self._ids[start])
-        front = int(first == bos_id)
+        front = int(first == front_id)
         room = limit - front
         step = max(1, limit // 2) if stride is None else stride
         if not 1 <= step <= room:
@@ -195,11 +215,11 @@ class Pieces:
 
     def batch(self, members: Int[Tensor, " b"]) -> Batch:
         """Return one batch, padded on the right."""
-        start, length, first, silent = self._table[members].T[:, :, None]
+        start, length, first, silent, numbers = self._table[members].T[:, :, None]
         columns = torch.arange(int(length.max()))
         mask = columns < length
         source = (start + columns).clamp_(max=len(self._ids) - 1)
         ids = self._ids[source] * mask
         ids[:, :1] = first
         where = (mask & (columns >= silent) & self._keep[source]).flatten().nonzero().squeeze(1)
-        return Batch(ids, mask, where, self._row[source.flatten()[where]])
+        return Batch(ids, mask, numbers.squeeze(1), where, self._row[source.flatten()[where]])

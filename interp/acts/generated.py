@@ -54,8 +54,9 @@ def generate_rows(
     stopped one step later than it would, which gives it one, and what that step chose is dropped.
     A near tie is a greedy choice whose two best logits differ by at most 1e-4 of the largest (4 eps in half
     precision): there, another batch or cache may choose otherwise. Sampled choices have none.
-    Raises ValueError for beams and speculative decoding, which reorder or take back what was read (generate first,
-    then capture the texts), for a prompt of no token, and for more tokens than the model takes.
+    Raises ValueError for a model that cannot generate, for beams and speculative decoding, which reorder or take back
+    what was read (generate first, then capture the texts), for a prompt of no token, and for more tokens than the
+    model takes.
     """
     given = _options(model, options)
     _check_prompts(model, prompts, given)
@@ -86,6 +87,8 @@ def generate_rows(
 
 
 def _options(model: Model, options: int | Mapping[str, Any]) -> dict[str, Any]:
+    if not hasattr(model.hf, "generate") or not getattr(model.hf, "can_generate", lambda: True)():
+        raise ValueError(f"{model.name} ({type(model.hf).__name__}) cannot generate: it has no head for the next token")
     given = {"max_new_tokens": options} if isinstance(options, int) else dict(options)
     for name in OURS:
         if name in given:

@@ -154,7 +154,7 @@ def test_every_kept_token_has_one_row_and_at_least_the_context_promised(counts, 
     ids = torch.cat([torch.zeros(0, dtype=torch.long), *(torch.arange(n) + 100 * i for i, n in enumerate(counts))])
     keep = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids))), dtype=torch.bool)
     documents = Documents(ids, torch.tensor(counts, dtype=torch.long))
-    pieces = Pieces(documents, keep, limit, stride, bos_id=100)  # the second document begins with BOS
+    pieces = Pieces(documents, keep, limit, stride, front_id=100)  # the second document begins with BOS
     seen = torch.full((int(keep.sum()),), -1)
     for members in pieces.batches(size):
         batch = pieces.batch(members)
