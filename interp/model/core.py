@@ -73,8 +73,15 @@ class Model:
         for key in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"):
             value = getattr(config, key, None)
             if isinstance(value, int) and value > 0:
-                return value
+                return value - self._skipped_positions()
         return NO_LIMIT
+
+    def _skipped_positions(self) -> int:
+        """Return how many rows of the position table no token gets (RoBERTa counts from behind its pad id)."""
+        for name, module in self.hf.named_modules():
+            if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+                return 0 if module.padding_idx is None else module.padding_idx + 1
+        return 0
 
     @property
     def special_ids(self) -> frozenset[int]:
