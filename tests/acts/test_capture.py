@@ -231,6 +231,7 @@ def test_outliers_at_any_hook_point_are_taken_out_and_counted(build, words):
     hf = build("llama")
     hf.get_input_embeddings().weight.data[9] *= 400  # a word whose norm is far above the median
     model = load_model(hf, tokenizer=words)
+    hf.model.layers[1].register_forward_hook(lambda m, a, output: torch.nn.functional.normalize(output, dim=-1))
     texts = ["w5 w6 w9 w7", "w8 w9", "w10 w11 w12"]
     plain = capture_acts(model, texts, ["embed", "resid_post.1"])
     acts = capture_acts(model, texts, ["embed", "resid_post.1"], exclude=(*DEFAULT_EXCLUDE, "outlier"))
@@ -267,10 +268,12 @@ def overflowing(build, words, dtype):
 def test_float16_overflow_is_reported_with_its_place(build, words, into):
     model = overflowing(build, words, torch.float16)
     with pytest.raises(NonFiniteError) as error:
-        capture_acts(model, ["w5 w6", "w7", "w8 w10 w9 w4", "w9"], "resid_post.0", batch_size=2, dtype=into)
+        capture_acts(model, ["w5 w6", "w7", "w8 w10 w9 w4 w9", "w9"], "resid_post.0", dtype=into)
     said = str(error.value)
     assert "blocks.0.hook_resid_post" in said and "document 2, position 3" in said and "bfloat16" in said
     assert not model.hf.model.layers[1]._forward_hooks  # nothing stays behind
+    with pytest.raises(NonFiniteError, match="document 0, position 1"):
+        capture_acts(model, ["w9", "w5 w9 w9"], "resid_post.0", dtype=into)  # the longer one is first in the batch
     assert len(capture_acts(model, ["w5 w6", "w7"], "resid_post.0", dtype=into)) == 3
 
 
