@@ -25,6 +25,7 @@ import torch
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as TYPES
 
+from interp.model.anatomy import AnatomyError
 from interp.model.hooks import reading
 from interp.model.loading import load_model
 
@@ -33,7 +34,17 @@ sys.path.insert(0, str(HERE))
 tiny_models: Any = importlib.import_module("tiny_models")
 os.environ["HF_HUB_OFFLINE"] = "1"
 IDS = torch.randint(4, 100, (2, 9), generator=torch.Generator().manual_seed(3))
-COLUMNS = ("type", "class", "blocks", "result", "hidden states", "attn and mlp", "why not")
+COLUMNS = (
+    "type",
+    "class",
+    "blocks",
+    "result",
+    "hidden states",
+    "attn and mlp",
+    "left pads",
+    "documents",
+    "why not",
+)
 
 
 def record(hf: Any, blocks: list[Any]) -> tuple[list[Any], list[Any]]:
@@ -85,6 +96,33 @@ def compare(hf: Any, row: dict[str, str]) -> None:
     row["hidden states"] = against_states(states, taken, given)
     if row["hidden states"] == "differ":
         row["result"] = "WRONG"
+    shared_rows(model, row)
+
+
+def shared_rows(model: Any, row: dict[str, str]) -> None:
+    """Fill in whether left-padded rows, and documents that share a row, give what they give alone (to 1e-5)."""
+    mask = torch.ones_like(IDS, dtype=torch.bool)
+    mask[0, :4] = False
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6, 7, 8]])
+    hook, got = f"resid_post.{model.n_layers - 1}", {}
+
+    def last(*args: Any, **kwargs: Any) -> torch.Tensor:
+        with reading(model, hook, lambda name, value: got.update(x=value.clone())):
+            model.run(*args, **kwargs)
+        return got["x"]
+
+    alone = last(IDS[:1, 4:])[0]
+    for column, call in (
+        ("left pads", lambda: last(IDS, mask)),
+        ("documents", lambda: last(IDS, positions=positions)),
+    ):
+        try:
+            gap = (call()[0, 4:] - alone).abs().max() / alone.abs().max()
+            row[column] = "equal" if gap < 1e-5 else "WRONG"
+        except AnatomyError:
+            row[column] = "refused"
+        if row[column] == "WRONG":
+            row["result"] = "WRONG"
 
 
 def against_states(states: Any, taken: list[Any], given: list[Any]) -> str:
@@ -164,7 +202,9 @@ def write(rows: list[dict[str, str]]) -> None:
         "*exact*: resid_pre and resid_post of every block equal, bit for bit, what a recorder without any of interp's "
         "code sees in a plain forward, and the model's hidden states where the column says so. *refused*: load_model "
         "raises the error shown. *not built*: no tiny model of the type could be made or run here. *attn and mlp*: "
-        "blocks whose attn_out and mlp_out are established (their sum with resid_pre is resid_post).",
+        "blocks whose attn_out and mlp_out are established (their sum with resid_pre is resid_post). *left pads*, "
+        "*documents*: rows padded on the left, documents that share a row: they give what they give alone, or are "
+        "refused.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),

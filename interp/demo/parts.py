@@ -151,7 +151,8 @@ def capture(job: Job, dataset: str | None, tokens: int) -> Captured:
     found = len(acts["train"])
     if found < LEAST_TOKENS:
         raise ValueError(f"{dataset} gives {found} tokens to train on; an autoencoder needs at least {LEAST_TOKENS}")
-    joined = Packed(*(torch.cat([getattr(w, f) for w in windows]) for f in Packed.__dataclass_fields__))
+    parts = ("ids", "mask", "special", "documents", "positions")
+    joined = Packed(*(torch.cat([getattr(w, part) for w in windows]) for part in parts))
     return Captured(**acts, held_windows=joined, source=dataset or "bundled generator")
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from interp.model.forward import (
+    FAILURES,
     Probe,
     embedding,
     eval_mode,
@@ -190,7 +191,7 @@ def dissect(hf: nn.Module, blocks: str | None = None) -> Anatomy:
     with torch.no_grad(), kept_rng(ids.device), unmarked(hf), eval_mode(hf):
         try:
             out = seen.run(lambda: hf(**given, output_hidden_states=True))
-        except (TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError) as error:
+        except FAILURES as error:
             raise AnatomyError(f"{type(hf).__name__} cannot run on token ids alone: {_line(error)}") from error
         stacks = []
         for prefix, own in _prefixes(hf, lists).items():
@@ -200,8 +201,9 @@ def dissect(hf: nn.Module, blocks: str | None = None) -> Anatomy:
             stacks.append(_stack(prefix, path, own[path], seen))
         main, logits = stacks[-1], getattr(out, "logits", None)
         last = seen.outputs[f"{main.path}.{len(main.blocks) - 1}"]
-        has_logits = isinstance(logits, Tensor) and logits.ndim == 3 and logits.shape[:2] == last.shape[:2]
-        tail = plain_tail(hf, main.path, main.final_norm, last, logits) if has_logits else None
+        has_logits, tail = False, None
+        if isinstance(logits, Tensor) and logits.ndim == 3 and logits.shape[:2] == last.shape[:2]:
+            has_logits, tail = True, plain_tail(hf, main.path, main.final_norm, last, logits)
     return Anatomy(stacks, token_embedding(f"{main.path}.0", seen, embedding(hf)), has_logits, tail)
 
 

@@ -264,6 +264,14 @@ class Model:
             )
         return self._offsets[stack, side]
 
+    def _pads_left(self) -> bool:
+        """Whether rows padded on the left are right with the positions that Hugging Face's generate gives."""
+        module, stack = (self.hf.get_encoder(), ENCODER) if ENCODER in self._stacks else (self.hf, BLOCKS)
+        try:
+            return self._offset(module, stack, "left") in (0, None)
+        except AnatomyError:
+            return False
+
     def _check_packing(self, stack: str) -> None:
         """Raise AnatomyError unless documents that share a row are kept apart (found out once, by small forwards)."""
         if self._packs is None:
@@ -326,7 +334,8 @@ class Model:
     def generate(self, texts: str | Sequence[str], max_new_tokens: int = 20, **options: Any) -> list[str]:
         """Return the new text for each prompt (each return sequence), greedy unless `options` say otherwise.
 
-        `options` go to Hugging Face's generate. Prompts are padded on the left, BOS in front.
+        `options` go to Hugging Face's generate. Prompts are padded on the left, BOS in front; where the architecture
+        cannot be padded so, each runs alone.
         Raises MissingError without a tokenizer, ValueError for a prompt of no token or too long a one.
         """
         self._need_head()
@@ -336,6 +345,8 @@ class Model:
         width = batch.ids.shape[1]
         if width + max_new_tokens > self.n_ctx:
             raise ValueError(f"{width} prompt and {max_new_tokens} new tokens exceed the {self.n_ctx} of {self.name}")
+        if not bool(batch.mask.all()) and not self._pads_left():
+            return [new for text in texts for new in self.generate(text, max_new_tokens, **options)]
         given = {"do_sample": False, "pad_token_id": tokens.pad_id(self.tokenizer), "max_new_tokens": max_new_tokens}
         ids, mask = batch.ids.to(self.device), batch.mask.long().to(self.device)
         with eval_mode(self.hf):

@@ -11,6 +11,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+# what a forward raises for arguments that its family does not take
+FAILURES = (RuntimeError, IndexError, ValueError, TypeError, KeyError, AttributeError, AssertionError)
+
 _parameters: weakref.WeakKeyDictionary[Any, Mapping[str, Any]] = weakref.WeakKeyDictionary()
 
 

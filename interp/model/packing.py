@@ -5,7 +5,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from interp.model.clock import quiet
-from interp.model.forward import Probe, accepts, eval_mode, kept_rng, no_cache, probe_ids
+from interp.model.forward import FAILURES, Probe, accepts, eval_mode, kept_rng, no_cache, probe_ids
 
 FIRST, SECOND = 5, 6  # tokens of the two documents of the check: longer than the usual convolution of four
 
@@ -46,15 +46,14 @@ def keeps_apart(hf: nn.Module, last: nn.Module) -> bool:
         seen.run(lambda: hf(input_ids=row, position_ids=at, **no_cache(hf)))
         return seen.outputs["last"].float()
 
+    rows = [ids[:, :FIRST], ids[:, FIRST:]]
     with torch.no_grad(), kept_rng(ids.device), eval_mode(hf), quiet(hf):
-        together, changed = at_last(ids, positions), at_last(other, positions)
-        alone = torch.cat(
-            [
-                at_last(row, torch.arange(row.shape[1], device=row.device)[None])
-                for row in (ids[:, :FIRST], ids[:, FIRST:])
-            ],
-            dim=1,
-        )
+        singles = [at_last(row, torch.arange(row.shape[1], device=row.device)[None]) for row in rows]
+        try:
+            together, changed = at_last(ids, positions), at_last(other, positions)
+        except FAILURES:  # positions that restart are more than this family can take
+            return False
+    alone = torch.cat(singles, dim=1)
     if together.shape != alone.shape or not bool(together.isfinite().all()):
         return False
     eps = torch.finfo(next(hf.parameters()).dtype).eps

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from interp.model.anatomy import AnatomyError
 from interp.model.clock import quiet
-from interp.model.forward import Probe, accepts, eval_mode, kept_rng, probe_ids, text_config
+from interp.model.forward import FAILURES, Probe, accepts, eval_mode, kept_rng, probe_ids, text_config
 
 PADS = 3
 
@@ -56,7 +56,7 @@ def find_offset(
                 given["position_ids"] = positions_of(mask, offset)
             try:
                 found = at_last(given)[:, real]
-            except (RuntimeError, IndexError):  # positions beyond the table
+            except FAILURES:  # positions beyond the table, a mask that this family does not take
                 continue
             if found.shape == alone.shape and bool((found - alone).abs().max() <= bound):
                 return offset

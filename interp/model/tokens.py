@@ -65,7 +65,7 @@ def encode(tokenizer: Any, text: str, *, add_bos: bool = True) -> list[int]:
 
 def encode_many(tokenizer: Any, texts: Sequence[str], *, add_bos: bool = True) -> list[list[int]]:
     """Return the token ids of each text by the rule of `encode`; one call of a fast tokenizer."""
-    bos = tokenizer.bos_token_id
+    bos: Any = tokenizer.bos_token_id
     template = add_bos and (bos is None or getattr(tokenizer, "cls_token_id", None) is not None)
     options: dict[str, Any] = {"add_special_tokens": template, "verbose": False}
     if getattr(tokenizer, "is_fast", False):

@@ -257,12 +257,12 @@ class ActivationStore:
 
     def sequences(self, text: bool = True) -> Iterator[TextWindow]:
         """Yield the windows of the store in order, each with its tokens, its text and its rows."""
+        tokenizer = self.tokenizer if text else None
         for i, record in enumerate(self.shards):
             offsets = (self.shard(i)["offsets"] + int(self.firsts[i])).tolist()
             windows = read_windows(self.path, record.shard)
             for j, (window, a, b) in enumerate(zip(windows, offsets[:-1], offsets[1:], strict=True)):
-                decode = text and self.tokenizer is not None
-                words = self.tokenizer.decode(window.ids.tolist()) if decode else None
+                words = tokenizer.decode(window.ids.tolist()) if tokenizer is not None else None
                 ids, documents = torch.from_numpy(window.ids), torch.from_numpy(window.documents)
                 yield TextWindow(record.sequences[0] + j, range(a, b), ids, documents, words)
 

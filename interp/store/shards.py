@@ -66,7 +66,8 @@ def write_shard(root: Path, file: str, columns: Mapping[str, Tensor], meta: Mapp
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    flat: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
 
 
 def map_shard(path: Path, size: int | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -231,3 +231,17 @@ def test_the_real_minilm_is_captured_exactly_on_either_side_of_pads():
         assert torch.equal(got[f"blocks.{i}.hook_resid_post"][right.mask], states[i + 1][right.mask])
     shifted = read(model, "resid_post.5", left.ids, left.mask)["blocks.5.hook_resid_post"]
     assert (shifted[left.mask] - states[-1][right.mask]).abs().max() < 1e-4
+
+
+def test_prompts_of_a_model_that_cannot_be_padded_on_the_left_run_alone(words):
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        hf = transformers.BartForCausalLM(transformers.BartConfig(**BART, init_std=0.3)).eval()
+    model = load_model(hf, tokenizer=words)
+    texts = ["w5", "w7 w8 w9 w10 w11 w12"]
+    alone = [model.generate(text, max_new_tokens=6)[0] for text in texts]
+    assert model.generate(texts, max_new_tokens=6) == alone
+    batch = model.tokenize(texts, side="left")
+    given = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    naive = hf.generate(input_ids=batch.ids, attention_mask=batch.mask.long(), **given)[:, batch.ids.shape[1] :]
+    assert words.batch_decode(naive, skip_special_tokens=True) != alone  # else the test shows nothing
