@@ -151,8 +151,10 @@ def capture(job: Job, dataset: str | None, tokens: int) -> Captured:
     found = len(acts["train"])
     if found < LEAST_TOKENS:
         raise ValueError(f"{dataset} gives {found} tokens to train on; an autoencoder needs at least {LEAST_TOKENS}")
-    parts = ("ids", "mask", "special", "documents", "positions")
-    joined = Packed(*(torch.cat([getattr(w, part) for w in windows]) for part in parts))
+    ids, mask, special, documents, positions = (
+        torch.cat([getattr(w, part) for w in windows]) for part in ("ids", "mask", "special", "documents", "positions")
+    )
+    joined = Packed(ids, mask, special, documents, positions)
     return Captured(**acts, held_windows=joined, source=dataset or "bundled generator")
 
 

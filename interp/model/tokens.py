@@ -65,16 +65,17 @@ def encode(tokenizer: Any, text: str, *, add_bos: bool = True) -> list[int]:
 
 def encode_many(tokenizer: Any, texts: Sequence[str], *, add_bos: bool = True) -> list[list[int]]:
     """Return the token ids of each text by the rule of `encode`; one call of a fast tokenizer."""
-    bos: Any = tokenizer.bos_token_id
+    bos = tokenizer.bos_token_id
     template = add_bos and (bos is None or getattr(tokenizer, "cls_token_id", None) is not None)
     options: dict[str, Any] = {"add_special_tokens": template, "verbose": False}
     if getattr(tokenizer, "is_fast", False):
         rows = tokenizer(list(texts), return_attention_mask=False, **options)["input_ids"] if texts else []
     else:
         rows = [tokenizer(text, **options)["input_ids"] for text in texts]
-    if not add_bos or template:
+    if not add_bos or template or bos is None:
         return [list(ids) for ids in rows]
-    return [list(ids) if ids[:1] == [bos] else [bos, *ids] for ids in rows]
+    front = [bos]
+    return [list(ids) if ids[:1] == front else front + list(ids) for ids in rows]
 
 
 def pad_id(tokenizer: Any) -> int:
