@@ -19,8 +19,8 @@ import torch
 from safetensors.numpy import save_file
 from timing import child, interleaved, machine, peak, ratio, report, reset_peak, resident
 
-from interp.acts.shuffle import Batches, permute
 from interp.store.shards import map_shard
+from interp.store.shuffle import Batches, permute
 
 SHARD = 64 << 20
 ROWS = {2048: "1024 x float16", 1536: "768 x float16", 1024: "512 x float16", 384: "192 x float16"}

@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from interp.acts.shuffle import Batches
 from interp.model.hooks import canonical_name, unknown_hook
 from interp.store.ledger import MANIFEST, PLAN, SETTINGS, ShardRecord, StoreError, journalled, read_sealed
 from interp.store.plan import read_windows
 from interp.store.shards import map_shard
+from interp.store.shuffle import Batches
 from interp.store.writer import DTYPES, STATS
 from sae.extras import MissingError
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from interp.acts import shuffle
-from interp.acts.shuffle import Batches, permute
+from interp.store.shuffle import Batches, permute
 
 
 def whole(n, key=(0, 0)):
