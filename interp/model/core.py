@@ -13,8 +13,17 @@ from torch import Tensor, nn
 from interp.model import packing, padding, tokens
 from interp.model.anatomy import BLOCKS, DECODER, ENCODER, AnatomyError, Stack, dissect
 from interp.model.fingerprint import fingerprint, offloaded
-from interp.model.forward import embedding, eval_mode, no_cache, replace_first, text_config, token_device
-from interp.model.hooks import HookPoint, Place, StopForward, canonical_name, unknown_hook
+from interp.model.forward import (
+    embedding,
+    eval_mode,
+    kept_rng,
+    no_cache,
+    probe_ids,
+    replace_first,
+    text_config,
+    token_device,
+)
+from interp.model.hooks import HookPoint, Place, StopForward, canonical_name, reading, unknown_hook
 from interp.model.parts import finish_logits, through
 from interp.model.places import Bridged, Native, module_place
 
@@ -263,6 +272,22 @@ class Model:
                 padding.takes_positions(called, module),
             )
         return self._offsets[stack, side]
+
+    @cached_property
+    def is_causal(self) -> bool:
+        """Whether values depend on what stands before a token alone; found out by two small forwards.
+
+        Of an encoder-decoder its encoder is asked.
+        """
+        ids = probe_ids(self.hf)[:1]
+        other = torch.cat([ids[:, :-1], ids[:, :1]], dim=1) if int(ids[0, 0]) != int(ids[0, -1]) else ids.flip(1)
+        stack = ENCODER if ENCODER in self._stacks else BLOCKS
+        found: list[Tensor] = []
+        hook = f"{stack}.{len(self._stacks[stack].blocks) - 1}.hook_resid_post"
+        with kept_rng(ids.device), reading(self, hook, lambda name, value: found.append(value.clone())):
+            self.run(ids)
+            self.run(other)
+        return bool(torch.equal(found[0][:, :-1], found[1][:, :-1]))
 
     def _pads_left(self) -> bool:
         """Whether rows padded on the left are right with the positions that Hugging Face's generate gives."""

@@ -210,6 +210,18 @@ def test_a_bridge_around_an_encoder_has_the_same_places(kind):
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
+def test_encoders_are_known_not_to_be_causal(kind):
+    assert not load_model(make(kind)).is_causal
+
+
+def test_causal_models_are_known_and_left_as_they_were(build):
+    for family in ("gpt2", "llama", "bloom", "mamba"):
+        hf, random = build(family), torch.get_rng_state()
+        assert load_model(hf).is_causal and torch.equal(torch.get_rng_state(), random)
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in hf.modules())
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
 def test_a_folder_loads_as_the_class_that_was_saved(kind, tmp_path):
     hf = make(kind)
     hf.save_pretrained(tmp_path)
