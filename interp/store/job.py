@@ -68,7 +68,7 @@ def describe(
     kept = parse_exclude(exclude)
     stored = str(dtype or model.dtype).removeprefix("torch.")
     ctx = min(model.n_ctx, DEFAULT_CTX) if ctx is None else ctx
-    packing = packing or ("joined" if getattr(model, "is_causal", True) else "documents")
+    packing = packing or ("joined" if model.is_causal else "documents")
     if stored not in DTYPES:
         raise ValueError(f"dtype is {stored!r}; a store holds one of: {', '.join(DTYPES)}")
     if ctx > model.n_ctx:

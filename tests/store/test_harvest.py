@@ -227,6 +227,22 @@ def test_token_ids_need_no_tokenizer(model, tmp_path, harvest):
     assert store.tokenizer is None and next(store.sequences()).text is None
 
 
+def test_an_encoder_reads_each_document_alone(tmp_path, harvest):
+    from transformers import BertConfig, BertModel
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        encoder = load_model(BertModel(BertConfig(vocab_size=97, max_position_embeddings=32, **sizes)).eval())
+    rows = [[5, 6, 7, 8], [9], [10, 11, 12]]
+    store = harvest(tmp_path / "s", model=encoder, source=rows, exclude=("pad",))
+    assert store.settings["packing"] == "documents" and store.n_sequences == 3
+    for document, row in enumerate(rows):
+        with torch.no_grad():
+            want = encoder.hf(torch.tensor([row]), output_hidden_states=True).hidden_states[2][0]
+        assert (store["resid_post.1"][store.where(document)] - want).abs().max() < 1e-5
+
+
 def test_a_dry_run_tells_what_comes_and_writes_nothing(model, texts, harvest, tmp_path):
     before = sorted(tmp_path.iterdir())
     told = estimate(model, texts, HOOKS, **SETTINGS)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from interp.acts import shuffle
+from interp.store import shuffle
 from interp.store.shuffle import Batches, permute
 
 
