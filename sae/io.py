@@ -215,6 +215,7 @@ def _check_entry(path: Path, name: str, entry: object) -> None:
 
 def parse_json(data: bytes, path: Path) -> Any:
     """Return the object that bytes of JSON from `path` hold; raises FormatError (see read_json)."""
+
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
         if len(table) != len(pairs):

@@ -64,7 +64,7 @@ def machine(packages: Iterable[str] = ("torch", "numpy")) -> str:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return rows as a Markdown table; numbers with three digits."""
-    names = list(rows[0])
+    names = list(dict.fromkeys(name for row in rows for name in row))
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     for row in rows:
         lines.append("| " + " | ".join(_shown(row.get(name, "")) for name in names) + " |")

@@ -52,6 +52,7 @@ class Model:
         self._spelled: dict[str, Place] = {}  # every spelling asked for so far
         self._roots: dict[str, list[nn.Module]] = {}
         self._fingerprint: str | None = None
+        self._causal: bool | None = None  # unknown until asked
         self._packs: bool | None = None  # unknown until documents first share a row
         self._offsets: dict[tuple[str, str], int | None] = {}  # of positions in padded rows, by stack and side
         self._wanted: list[str] = []  # stacks that the contexts now open look at
@@ -273,12 +274,17 @@ class Model:
             )
         return self._offsets[stack, side]
 
-    @cached_property
+    @property
     def is_causal(self) -> bool:
-        """Whether values depend on what stands before a token alone; found out by two small forwards.
+        """Whether values depend on what stands before a token alone; found out once, by two small forwards.
 
         Of an encoder-decoder its encoder is asked.
         """
+        if self._causal is None:
+            self._causal = self._looks_back_only()
+        return self._causal
+
+    def _looks_back_only(self) -> bool:
         ids = probe_ids(self.hf)[:1]
         other = torch.cat([ids[:, :-1], ids[:, :1]], dim=1) if int(ids[0, 0]) != int(ids[0, -1]) else ids.flip(1)
         stack = ENCODER if ENCODER in self._stacks else BLOCKS
@@ -287,7 +293,9 @@ class Model:
         with kept_rng(ids.device), reading(self, hook, lambda name, value: found.append(value.clone())):
             self.run(ids)
             self.run(other)
-        return bool(torch.equal(found[0][:, :-1], found[1][:, :-1]))
+        before, after = (values[:, :-1].float() for values in found)
+        # experts that take tokens in groups round differently, by far less than a token that is seen
+        return bool((before - after).abs().max() <= 1e-4 * before.abs().max())
 
     def _pads_left(self) -> bool:
         """Whether rows padded on the left are right with the positions that Hugging Face's generate gives."""

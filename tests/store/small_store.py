@@ -38,7 +38,9 @@ def make_model():
     with torch.random.fork_rng():
         torch.manual_seed(5)
         hf = LlamaForCausalLM(LlamaConfig(**sizes, **ids)).eval()
-    return load_model(hf, tokenizer=PreTrainedTokenizerFast(tokenizer_object=inner, **names))
+    model = load_model(hf, tokenizer=PreTrainedTokenizerFast(tokenizer_object=inner, **names))
+    assert model.is_causal  # found out here, by forwards that no test counts
+    return model
 
 
 def make_texts(n=90, seed=3):
