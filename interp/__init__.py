@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from interp.store.harvest import harvest_acts
     from interp.store.reader import ActivationStore, open_store
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "ActivationStore": "store.reader",
