@@ -116,7 +116,8 @@ def harvest(
     )
     state = "" if store.complete else " so far"
     found = {"out": str(out), "complete": store.complete, "rows": len(store), "shards": len(store.shards)}
-    _emit(found, as_json, [f"{out}: {len(store):,} rows in {len(store.shards):,} shards{state}"])
+    count = len(store.shards)
+    _emit(found, as_json, [f"{out}: {len(store):,} rows in {count:,} shard{'s' * (count != 1)}{state}"])
 
 
 @app.command(epilog="Example: interp info acts")
@@ -125,7 +126,9 @@ def info(store: Annotated[Path, typer.Argument(help="folder of a store")], as_js
     from interp.store.reader import open_store
 
     found = open_store(store).describe()
-    _emit(found, as_json, [f"{name:<16} {value}" for name, value in _flat(found)])
+    rows = _flat(found)
+    width = max(len(name) for name, _ in rows)
+    _emit(found, as_json, [f"{name:<{width}}  {value}" for name, value in rows])
 
 
 @app.command(epilog="Example: interp verify acts --repair")

@@ -138,7 +138,7 @@ def test_harvest_info_verify_and_repair(folder: Path, monkeypatch: pytest.Monkey
     told = json.loads(capsys.readouterr().out)
     assert told["hooks"]["blocks.1.hook_resid_post"]["d"] == 192 and told["complete"]
     assert call(["interp", "info", "acts"], monkeypatch) == call(["interp", "verify", "acts"], monkeypatch) == 0
-    assert "sound: 1 shards, 1,000 rows" in capsys.readouterr().out
+    assert "sound: 1 shard, 1,000 rows" in capsys.readouterr().out
     shard = folder / "acts" / "acts" / "00000000.safetensors"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:5000] + b"\0" + whole[5001:])

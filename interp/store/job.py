@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+import interp
 from interp.acts.rows import Exclude, keep_mask, parse_exclude
 from interp.model import tokens as tok
 from interp.model.hooks import expand
@@ -143,13 +144,15 @@ def _cut(model: Model, exclude: Exclude, settings: dict[str, Any]) -> Cut:
 def _machine(model: Model) -> dict[str, Any]:
     """Return what may change the last bits of a value."""
     device = model.device
+    packages = ["torch", "transformers", "tokenizers", *["transformer-lens"] * (model.backend == "transformer_lens")]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "device": f"{device.type} {name}",
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "attention": getattr(model.hf.config, "_attn_implementation", None),
-        **{package: version(package) for package in ("torch", "transformers", "tokenizers", "interp")},
+        "interp": interp.__version__,
+        **{package: version(package) for package in packages},
     }
 
 

@@ -57,7 +57,7 @@ class Verdict:
         """Return the verdict for people."""
         if self.problems:
             return [*self.problems.values(), f"damaged: mend it with: interp verify {self.path} --repair"]
-        size = f"{self.shards:,} shards, {self.rows:,} rows, {self.bytes:,} bytes"
+        size = f"{self.shards:,} shard{'s' * (self.shards != 1)}, {self.rows:,} rows, {self.bytes:,} bytes"
         if self.complete:
             return [f"sound: {size}"]
         planned = "" if self.planned is None else f", of {self.planned:,} planned"

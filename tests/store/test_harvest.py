@@ -227,6 +227,16 @@ def test_token_ids_need_no_tokenizer(model, tmp_path, harvest):
     assert store.tokenizer is None and next(store.sequences()).text is None
 
 
+def test_a_bridge_gives_the_store_that_the_native_model_gives(model, harvest, reference, tmp_path):
+    bridged = load_model(model.hf, tokenizer=model.tokenizer, backend="transformer_lens")
+    store, native = harvest(tmp_path / "s", model=bridged), open_store(reference)
+    assert torch.equal(store.token_ids[:], native.token_ids[:])
+    assert (store["resid_post.1"][:] - native["resid_post.1"][:]).abs().max() < 1e-5
+    assert "transformer-lens" in store.settings["machine"]
+    with pytest.raises(StoreError, match=r'model\.backend is "transformer_lens" there'):
+        harvest(tmp_path / "s")
+
+
 def test_an_encoder_reads_each_document_alone(tmp_path, harvest):
     from transformers import BertConfig, BertModel
 
