@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from interp.acts.documents import Documents
-from interp.acts.rows import Exclude, keep_mask, nonfinite, parse_exclude, row_norms
+from interp.acts.rows import Exclude, keep_mask, nonfinite, outlying, parse_exclude, row_norms
 from interp.model.loading import Model
 from interp.model.tokens import Packed, TokenBatch, special_mask
 
@@ -127,9 +127,7 @@ class Gather:
         multiple = self.chosen.exclude.outlier
         removed = dict(self.chosen.removed)
         if multiple is not None:
-            keep = torch.ones(len(self.tokens), dtype=torch.bool)
-            for norms in self.norms.values():
-                keep &= ~(norms > multiple * norms.nanmedian()) if len(norms) else keep
+            keep = ~outlying(self.norms.values(), multiple)
             removed[f"outlier:{multiple:g}"] = int((~keep).sum())
             if not bool(keep.all()):
                 self.tokens = self.tokens[keep]

@@ -83,7 +83,7 @@ def keep_mask(
     bos_id: int | None,
     positions: Int[Tensor, "b t"] | None = None,
 ) -> Bool[Tensor, "b t"]:
-    """Return which tokens become rows as far as ids and positions tell; outliers need values (see is_outlier).
+    """Return which tokens become rows as far as ids and positions tell; outliers need values (see outlying).
 
     `mask` marks the real tokens, pads on either side. `positions`, for rows of several documents, count from 0 in each
     document; without them they count the real tokens of a row.
@@ -107,18 +107,9 @@ def row_norms(values: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
     return torch.cat([torch.linalg.vector_norm(part.float(), dim=1) for part in values.split(rows)])
 
 
-def median_norm(values: Float[Tensor, "n d"]) -> float:
-    """Return the median Euclidean norm of the rows, computed in float32; raises ValueError where there are none."""
-    if not len(values):
-        raise ValueError("no rows have no median norm")
-    return float(row_norms(values).median())
-
-
-def is_outlier(
-    values: Float[Tensor, "n d"], median: float, multiple: float | int = OUTLIER_MULTIPLE
-) -> Bool[Tensor, " n"]:
-    """Return which rows have a norm above `multiple` times `median`, computed in float32."""
-    return row_norms(values) > multiple * median
+def outlying(norms: Iterable[Float[Tensor, " n"]], multiple: float | int) -> Bool[Tensor, " n"]:
+    """Return which rows have, at any hook point, a norm above `multiple` times the median there (nan left out)."""
+    return torch.stack([n > multiple * n.nanmedian() if len(n) else n.bool() for n in norms]).any(0)
 
 
 class Included:

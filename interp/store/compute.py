@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from interp.acts.rows import nonfinite, row_norms
+from interp.acts.rows import nonfinite, outlying, row_norms
 from interp.model.hooks import reading
 from interp.model.tokens import Packed, Window
 from interp.store.job import Job
@@ -95,7 +95,7 @@ class _Batches:
         norms = torch.stack([self._batch_norms[hook] for hook in self.job.hooks], 1)
         self._norms.append(norms)
         if self.job.exclude.outlier is not None:
-            self._outliers.append((norms > self.job.exclude.outlier * norms.median(0).values).any(1))
+            self._outliers.append(outlying(norms.T, self.job.exclude.outlier))
         self._ids.append(batch.ids[keep])
         self._positions.append(batch.positions[keep])
         self._documents.append(batch.documents[keep])

@@ -220,12 +220,14 @@ def fill(
     """Make the shards of one rank that are not there yet, and seal the store if it was the last."""
     begun = time.perf_counter()
     journal = Journal(root, rank, world)
+    noted = root / ("run.json" if world == 1 else f"rank-{rank}.run.json")
     with Plan(root, cut, documents) as plan:
         if (root / MANIFEST).exists():
             say(f"{root} is complete already")
             seal(root)
             return
         journal.begin()
+        write_json(noted, log)  # a repair reads here what to load again, even if we do not get to the end
         done, rows, number = journalled(root), 0, rank
         with _bar(cut.tokens, world, progress) as bar, Writer(root, journal, settings["covariance"]) as writer:
             while (windows := plan.shard(number)) is not None:
@@ -247,7 +249,7 @@ def fill(
     }
     log |= {"seconds_writing": writer.seconds, "seconds_tokenisation": plan.seconds}
     sealed = seal(root)
-    write_json(root / ("run.json" if world == 1 else f"rank-{rank}.run.json"), log)
+    write_json(noted, log)
     if cut.tokens is not None and made < cut.tokens:
         say(f"the text gives {made:,} rows, fewer than the {cut.tokens:,} asked for")
     if not sealed:

@@ -10,10 +10,9 @@ from interp.acts.rows import (
     SAE_EXCLUDE,
     Exclude,
     Included,
-    is_outlier,
     keep_mask,
-    median_norm,
     nonfinite,
+    outlying,
     parse_exclude,
     row_norms,
 )
@@ -69,11 +68,14 @@ def test_first_counts_real_tokens_of_a_row_or_of_each_document():
 def test_outliers_are_measured_in_float32():
     rows = torch.full((9, 64), 200.0, dtype=torch.float16)  # the square of the norm is above what float16 holds
     rows[4] *= 11
-    assert median_norm(rows) == pytest.approx(1600.0) and row_norms(rows).dtype == torch.float32
-    assert is_outlier(rows, median_norm(rows), 10).tolist() == [i == 4 for i in range(9)]
-    assert not bool(is_outlier(rows, median_norm(rows), 12).any())
-    with pytest.raises(ValueError, match="no rows"):
-        median_norm(rows[:0])
+    norms = row_norms(rows)
+    assert float(norms.median()) == pytest.approx(1600.0) and norms.dtype == torch.float32
+    assert outlying([norms], 10).tolist() == [i == 4 for i in range(9)]
+    assert not bool(outlying([norms], 12).any())
+    quiet = torch.ones(9)
+    quiet[7] = 11.0
+    assert outlying([norms, quiet], 10).nonzero().squeeze(1).tolist() == [4, 7]  # at any hook point
+    assert outlying([norms[:0]], 10).shape == (0,)
 
 
 def test_a_user_names_tokens_by_ids_by_masks_or_by_a_function():
