@@ -40,7 +40,7 @@ class Acts:
     `removed` is the share of the tokens that each exclusion took (each token counted once, under the first that
     names it); `nonfinite` the rows with inf or nan at each hook point, where they were allowed.
     With `generate`: `is_new` marks the rows of new tokens, `generated` is the new text of each document (None without
-    a tokenizer), `near_ties` lists the new tokens that another seed of rounding might have changed.
+    a tokenizer), `near_ties` lists the new tokens that rounding might have changed.
     """
 
     values: Mapping[str, Float[Tensor, "tok _"]]
