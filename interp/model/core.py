@@ -97,7 +97,7 @@ class Model:
     def special_ids(self) -> frozenset[int]:
         """Ids of BOS, EOS, pad and their like: the tokenizer's, or without one the configuration's."""
         if self.tokenizer is not None:
-            return frozenset(self.tokenizer.all_special_ids)
+            return tokens.special_ids_of(self.tokenizer)
         config = text_config(self.hf)
         given = [getattr(config, f"{k}_token_id", None) for k in ("bos", "eos", "pad")]
         return frozenset(i for v in given for i in (v if isinstance(v, (list, tuple)) else [v]) if isinstance(i, int))

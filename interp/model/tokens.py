@@ -78,6 +78,12 @@ def encode_many(tokenizer: Any, texts: Sequence[str], *, add_bos: bool = True) -
     return [list(ids) if ids[:1] == front else front + list(ids) for ids in rows]
 
 
+def special_ids_of(tokenizer: Any) -> frozenset[int]:
+    """Return the ids of a tokenizer's special tokens, those too that were added without a role (chat headers, say)."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return frozenset(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
+
+
 def pad_id(tokenizer: Any) -> int:
     """Return the id that fills pads: the pad token, else EOS, else 0. Masks, never ids, tell pads from tokens."""
     for name in ("pad_token_id", "eos_token_id"):
@@ -114,7 +120,7 @@ def tokenize(
     """Return texts as one padded batch, rows cut to `max_len` tokens (BOS counted) where it is given.
 
     A tokenizer without BOS adds none; one without pad token pads with EOS or 0, and the mask tells. An empty text is a
-    row of BOS alone, or of no token. Special tokens are told by `tokenizer.all_special_ids`.
+    row of BOS alone, or of no token. Special tokens are told by `special_ids_of`.
     Raises MissingError without a tokenizer.
     """
     need_tokenizer(tokenizer)
@@ -122,7 +128,7 @@ def tokenize(
         raise ValueError(f"max_len is {max_len}; it must be at least 1")
     texts = [texts] if isinstance(texts, str) else texts
     rows = [encode(tokenizer, text, add_bos=add_bos)[:max_len] for text in texts]
-    return pad_rows(rows, fill=pad_id(tokenizer), special_ids=tokenizer.all_special_ids, side=side)
+    return pad_rows(rows, fill=pad_id(tokenizer), special_ids=special_ids_of(tokenizer), side=side)
 
 
 def pack(
@@ -139,7 +145,7 @@ def pack(
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     rows = windows(tokenizer, texts, ctx, add_bos=add_bos, separate=separate, packing=packing)
-    special_ids, fill = tokenizer.all_special_ids, pad_id(tokenizer)
+    special_ids, fill = special_ids_of(tokenizer), pad_id(tokenizer)
     while taken := list(islice(rows, batch_size)):
         yield collate(taken, ctx, fill=fill, special_ids=special_ids, masked=packing == "masked")
 

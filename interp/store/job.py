@@ -164,7 +164,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str | None:
     rules = json.loads(backend.to_str()) if backend is not None else {"vocab": tokenizer.get_vocab()}
     for passing in ("truncation", "padding"):  # of the last call, not of the tokenizer
         rules.pop(passing, None)
-    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, sorted(tokenizer.all_special_ids)]
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, sorted(tok.special_ids_of(tokenizer))]
     return hashlib.sha256(json.dumps([rules, special], sort_keys=True).encode()).hexdigest()[:16]
 
 

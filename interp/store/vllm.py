@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from interp.model.tokens import Packed, Window, collate, pad_id
+from interp.model.tokens import Packed, Window, collate, pad_id, special_ids_of
 from interp.store.harvest import begin, fill, writing
 from interp.store.job import tokenizer_fingerprint
 from interp.store.plan import Cut
@@ -92,7 +92,7 @@ class _Requests:
 
     def __init__(self, files: list[Path], hooks: list[str], tokenizer: Any, dtype: torch.dtype, per_shard: int):
         self.files, self.hooks, self.dtype, self.per_shard = files, hooks, dtype, per_shard
-        self.special = [] if tokenizer is None else sorted(tokenizer.all_special_ids)
+        self.special = [] if tokenizer is None else sorted(special_ids_of(tokenizer))
         self.fill = pad_id(tokenizer)
 
     def ids(self) -> Iterator[list[int]]:

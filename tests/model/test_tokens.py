@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from interp.model.tokens import encode, pack, pad_id, pad_rows, tokenize
+from interp.model.tokens import encode, pack, pad_id, pad_rows, special_ids_of, tokenize
 from sae.extras import MissingError
 
 SOME = ["w5 w6 w7", "", "w8"]
@@ -29,6 +29,18 @@ def test_masks_mark_real_tokens_and_specials_by_id(words, side):
         edge = batch.mask[i, -1] if side == "left" else batch.mask[i, 0]
         assert bool(edge)
     assert not bool((batch.special & ~batch.mask).any())
+
+
+def test_special_tokens_added_without_a_role_are_special_too(words):
+    from tokenizers import AddedToken
+
+    words.add_tokens([AddedToken("<|header|>", special=True)], special_tokens=True)
+    words.add_tokens(["plain"])
+    header, plain = words.convert_tokens_to_ids(["<|header|>", "plain"])
+    assert header not in words.all_special_ids  # else this shows nothing
+    assert special_ids_of(words) == {0, 1, 2, 3, header} and plain != header
+    batch = tokenize(words, "w5 <|header|> plain w6")
+    assert batch.special[0].tolist() == [True, False, True, False, False]
 
 
 def test_a_pad_token_that_is_eos_does_not_hide_a_real_eos(words):
