@@ -203,7 +203,7 @@ def test_an_interrupted_harvest_goes_on_where_it_was(harvest, model, reference, 
     batches = -(-open_store(root).n_sequences // SETTINGS["batch_size"])
     assert (
         len(calls) == batches - len(half.shards) * half.settings["batches_per_shard"]
-    )  # finished ones stay as they are
+    )  # finished ones stay
 
 
 def test_a_batch_that_ran_out_of_memory_is_tried_again_the_same(harvest, model, reference, tmp_path, monkeypatch):
