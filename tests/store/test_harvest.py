@@ -201,9 +201,7 @@ def test_an_interrupted_harvest_goes_on_where_it_was(harvest, model, reference, 
     harvest(root)
     assert content(root) == content(reference)
     batches = -(-open_store(root).n_sequences // SETTINGS["batch_size"])
-    assert (
-        len(calls) == batches - len(half.shards) * half.settings["batches_per_shard"]
-    )  # finished ones stay
+    assert len(calls) == batches - len(half.shards) * half.settings["batches_per_shard"]  # finished ones stay
 
 
 def test_a_batch_that_ran_out_of_memory_is_tried_again_the_same(harvest, model, reference, tmp_path, monkeypatch):
