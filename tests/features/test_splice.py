@@ -1,13 +1,21 @@
 """Splicing SAEs whose effect is known exactly into tiny models."""
 
+import math
+from itertools import pairwise
+
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
-from interp.features.splice import SpliceError, ce_recovered, splice
+from interp.features import splice as splicing
+from interp.features.splice import SpliceError, SpliceTally, ce_recovered, splice, stream_moments
 from interp.model.hooks import reading
 from interp.model.loading import load_model
+from interp.model.tokens import TokenBatch
 from sae.archs import build
+from sae.stats import Moments
 
 D, VOCAB, HOOK = 32, 40, "blocks.1.hook_resid_post"
 
@@ -171,3 +179,116 @@ def test_what_does_not_fit_is_refused(model, text):
         ce_recovered(model, identity_sae(), HOOK, ids[:, :1], mask[:, :1])
     with pytest.raises(KeyError, match="closest"):
         ce_recovered(model, identity_sae(), "resid_pst.1", ids, mask)
+
+
+def sample_sae():
+    return build("batchtopk", d_in=D, d_sae=2 * D, k=4.0, seed=6)
+
+
+def test_the_divergence_is_that_of_a_plain_loop(model, text):
+    ids, mask = text
+    sae = sample_sae()
+    result = ce_recovered(model, sae, HOOK, ids, mask, batch_size=5)
+    clean = model.logits(ids, mask).double().log_softmax(-1)
+    with splice(model, sae, HOOK):
+        spliced = model.logits(ids, mask).double().log_softmax(-1)
+    total, n = 0.0, 0
+    for row in range(len(ids)):
+        for at in range(ids.shape[1] - 1):
+            if mask[row, at + 1]:
+                p, q = clean[row, at], spliced[row, at]
+                total += sum(math.exp(a) * (a - b) for a, b in zip(p.tolist(), q.tolist(), strict=True))
+                n += 1
+    assert n == result.n_tokens
+    assert result.kl_spliced == pytest.approx(total / n, rel=1e-5)
+    assert 0 < result.kl_spliced < result.kl_zero
+    assert result.kl_score == pytest.approx(1 - result.kl_spliced / result.kl_mean)
+    assert result.to_dict()["kl_score_zero"] == pytest.approx(1 - result.kl_spliced / result.kl_zero)
+
+
+def test_a_perfect_sae_diverges_by_nothing_and_the_mean_by_its_null(model, text):
+    ids, mask = text
+    perfect = ce_recovered(model, identity_sae(), HOOK, ids, mask)
+    assert perfect.kl_spliced == pytest.approx(0, abs=1e-6)
+    assert perfect.kl_score == pytest.approx(1, abs=1e-6)
+    nothing = ce_recovered(model, constant_sae(real_mean(model, ids, mask)), HOOK, ids, mask)
+    assert nothing.kl_score == pytest.approx(0, abs=1e-5)
+    assert nothing.kl_spliced == pytest.approx(nothing.kl_mean, abs=1e-5)
+    assert nothing.kl_mean > 0.05
+
+
+@settings(max_examples=8, deadline=None)
+@given(cuts=st.lists(st.integers(1, 23), min_size=1, max_size=4, unique=True).map(sorted))
+def test_how_the_text_is_cut_does_not_matter(model, text, cuts):
+    ids, mask = text
+    edges = [0, *cuts, len(ids)]
+    batches = [(ids[a:b], mask[a:b]) for a, b in pairwise(edges)]
+    whole = ce_recovered(model, sample_sae(), HOOK, ids, mask, batch_size=24).to_dict()
+    listed = ce_recovered(model, sample_sae(), HOOK, batches, batch_size=7).to_dict()
+    assert (listed.pop("hook"), listed.pop("n_tokens")) == (whole["hook"], whole["n_tokens"])
+    assert listed == pytest.approx({k: whole[k] for k in listed}, abs=2e-6)
+
+
+def test_two_halves_merge_to_the_whole(model, text):
+    ids, mask = text
+    sae = sample_sae()
+    halves = [(ids[:10], mask[:10]), (ids[10:], mask[10:])]
+    parts = [stream_moments(model, HOOK, [half]) for half in halves]
+    mean = Moments().merge(parts[0]).merge(parts[1]).value().mean
+    assert torch.allclose(mean.float(), real_mean(model, ids, mask), atol=1e-6)
+    first, second = (SpliceTally(model, sae, HOOK, mean).add(*half) for half in halves)
+    alone = second.value()
+    merged, whole = first.merge(second).value(), ce_recovered(model, sae, HOOK, ids, mask)
+    assert merged.n_tokens == whole.n_tokens
+    expected = whole.to_dict()
+    assert {k: v for k, v in merged.to_dict().items() if k != "hook"} == pytest.approx(
+        {k: v for k, v in expected.items() if k != "hook"}, abs=2e-6
+    )
+    assert alone.ce_clean != pytest.approx(whole.ce_clean, abs=1e-4)
+    with pytest.raises(SpliceError, match="unless hook and mean agree"):
+        first.merge(SpliceTally(model, sae, HOOK, parts[0].value().mean))
+
+
+def test_no_more_logits_are_held_than_the_limit(model, text, monkeypatch):
+    ids, mask = text
+    whole = ce_recovered(model, sample_sae(), HOOK, ids, mask, batch_size=24)
+    rows, calls = [], model.logits
+
+    def watched(part, *args):
+        rows.append(len(part))
+        return calls(part, *args)
+
+    monkeypatch.setattr(model, "logits", watched)
+    monkeypatch.setattr(splicing, "CHUNK", VOCAB * 20)  # four rows of twenty tokens, one token's latents
+    cut = ce_recovered(model, sample_sae(), HOOK, ids, mask, batch_size=24)
+    assert set(rows) == {4}
+    assert len(rows) == 4 * 6
+    assert cut.kl_spliced == pytest.approx(whole.kl_spliced, abs=2e-6)
+
+
+def test_a_token_that_the_clean_model_rules_out_adds_nothing_to_the_divergence():
+    clean, changed = torch.tensor([[0.0, 0.0, -torch.inf]]), torch.tensor([[1.0, 0.0, -torch.inf]])
+    ce, kl = splicing._losses(clean, changed, torch.tensor([0]))
+    p = 1 / (1 + math.exp(-1))
+    assert float(kl) == pytest.approx(-math.log(2) - 0.5 * (math.log(p) + math.log(1 - p)), abs=1e-6)
+    assert float(ce) == pytest.approx(-math.log(p), abs=1e-6)
+
+
+def test_batches_of_the_tokenizer_are_taken(model, text):
+    ids, mask = text
+    batch = TokenBatch(ids, mask, mask & (ids == 0))
+    assert ce_recovered(model, sample_sae(), HOOK, [batch]) == ce_recovered(model, sample_sae(), HOOK, ids, mask)
+    with pytest.raises(SpliceError, match="leave mask out"):
+        ce_recovered(model, sample_sae(), HOOK, [batch], mask)
+
+
+def test_what_is_no_autoencoder_or_no_causal_model_is_refused(model, text):
+    ids, mask = text
+    transcoder = build("batchtopk", d_in=D, d_out=D, d_sae=2 * D, k=4.0, seed=0)
+    with pytest.raises(SpliceError, match="a transcoder"), splice(model, transcoder, HOOK):
+        pass
+    torch.manual_seed(5)
+    sizes = {"hidden_size": D, "intermediate_size": D, "num_hidden_layers": 2, "num_attention_heads": 2}
+    masked = load_model(BertForMaskedLM(BertConfig(vocab_size=VOCAB, max_position_embeddings=32, **sizes)).eval())
+    with pytest.raises(SpliceError, match="does not predict next tokens"):
+        ce_recovered(masked, sample_sae(), "resid_post.0", ids, mask)
