@@ -136,9 +136,7 @@ class SpliceTally:
     def merge(self, other: "SpliceTally") -> "SpliceTally":
         """Take in what another tally has seen; returns self. Raises SpliceError for another hook point or mean."""
         if other.hook != self.hook or not torch.equal(other.mean, self.mean):
-            raise SpliceError(
-                f"a tally at {other.hook} does not merge with one at {self.hook} unless hook and mean agree"
-            )
+            raise SpliceError(f"tallies at {self.hook} and {other.hook} do not merge unless hook and mean agree")
         self.n_tokens += other.n_tokens
         self._ce, self._kl = self._ce + other._ce, self._kl + other._kl
         return self
