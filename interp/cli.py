@@ -246,7 +246,7 @@ def sae_train(
     as_json: Json = False,
 ) -> None:
     """Train a sparse autoencoder on an array of activations."""
-    from sae.training import fit
+    from sae.runs import fit
 
     run = fit(
         source, arch=arch, width=width, k=k, steps=steps, tokens=tokens, batch_size=batch_size, lr=lr, seed=seed,
@@ -272,7 +272,7 @@ def sae_eval(
 @sae_app.command("info", epilog="Example: sae info runs/a")
 def sae_info(run: Annotated[Path, typer.Argument(help="folder of a saved autoencoder")], as_json: Json = False) -> None:
     """Say what a saved autoencoder is."""
-    from sae.training import describe
+    from sae.runs import describe
 
     found = describe(run)
     _emit(found, as_json, [f"{name:<24} {value}" for name, value in found.items()])

@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from sae.config import TrainConfig
     from sae.evaluation import evaluate
     from sae.formats import load_sae, save_sae
-    from sae.training import fit, train
+    from sae.runs import fit
+    from sae.training import train
 
 # Loaded on first use (PEP 562), so that `import sae` does not pay for torch.
 _HOMES = {
@@ -17,7 +18,7 @@ _HOMES = {
     "TrainConfig": "sae.config",
     "build": "sae.archs",
     "evaluate": "sae.evaluation",
-    "fit": "sae.training",
+    "fit": "sae.runs",
     "load_sae": "sae.formats",
     "save_sae": "sae.formats",
     "train": "sae.training",

@@ -1,10 +1,13 @@
 """Fused Adam with a warm-up, a linear tail, and decoder rows that stay on the unit sphere."""
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sae.config import TrainConfig
+from sae.dist import ALONE, World
 
 __all__ = ["Optimiser", "lr_share", "remove_parallel"]
 
@@ -24,17 +27,20 @@ def remove_parallel(grad: Float[Tensor, "d_sae d_in"], dec: Float[Tensor, "d_sae
 
 
 class Optimiser:
-    """One step of Adam for the four weights of an SAE whose decoder rows have unit norm."""
+    """One step of Adam for the weights of an SAE whose decoder rows have unit norm."""
 
     def __init__(self, parameters: list[torch.nn.Parameter], dec: torch.nn.Parameter, cfg: TrainConfig) -> None:
         self.cfg, self.dec, self.parameters = cfg, dec, parameters
         assert cfg.lr is not None, "resolve() the config first"
         self.adam = torch.optim.Adam(parameters, lr=cfg.lr, betas=cfg.betas, fused=True)
 
-    def step(self, index: int) -> float:
+    def step(self, index: int, world: World = ALONE) -> float:
         """Apply the gradients that are there, as step number index; return the learning rate that was used."""
         assert self.dec.grad is not None and self.cfg.lr is not None
         lr = self.cfg.lr * lr_share(index, self.cfg)
+        if world.size > 1:
+            for parameter in self.parameters:
+                parameter.grad = world.total(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
         remove_parallel(self.dec.grad, self.dec)
         torch.nn.utils.clip_grad_norm_(self.parameters, self.cfg.clip, foreach=True)
         self.adam.param_groups[0]["lr"] = lr
@@ -43,3 +49,19 @@ class Optimiser:
         with torch.no_grad():
             self.dec.div_(self.dec.norm(dim=1, keepdim=True))
         return lr
+
+    def state(self) -> dict[str, Tensor]:
+        """Return Adam's moments and step counts by name; empty before the first step."""
+        return {
+            f"{number}.{name}": value
+            for number, parameter in enumerate(self.parameters)
+            for name, value in self.adam.state.get(parameter, {}).items()
+        }
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take over moments and step counts."""
+        for name, value in state.items():
+            number, _, key = name.partition(".")
+            parameter = self.parameters[int(number)]
+            device = parameter.device if key != "step" or parameter.device.type != "cpu" else value.device
+            self.adam.state[parameter][key] = value.to(device).clone()

@@ -1,39 +1,34 @@
-"""The training loop: `train` yields after every step, `fit` is the batteries-included loop around it."""
+"""The training loop: one step of an SAE, and `train`, which yields after every one."""
 
-import hashlib
-import json
 import math
-import os
-import platform
 import sys
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.archs import build
-from sae.archs.base import SAE
+from sae.archs.base import SAE, Batch
 from sae.config import TrainConfig
-from sae.data import held_out_mask, load_array, rebatched, shuffled
-from sae.formats import load_sae, save_sae
-from sae.io import read_json, write_json
-from sae.kernels import decode_active, encode_active
-from sae.losses import aux_k_loss, reconstruction_loss
+from sae.dist import ALONE, World
+from sae.kernels import Active, by_level, decode_active, encode_active
+from sae.losses import aux_k_loss
+from sae.normalize import geometric_median, statistics
 from sae.optim import Optimiser
-from sae.stats import Moments
 
-DEFAULT_STEPS = 600
+__all__ = ["Rows", "Step", "Trainer", "take", "train"]
 
-__all__ = ["DEFAULT_STEPS", "Run", "Step", "describe", "fit", "train"]
+Rows = Tensor | tuple[Tensor, Tensor]
+"""A batch: activations [tok, d_in] or [tok, n_sites, d], or for a transcoder those and what to predict [tok, d_out]."""
+
+REFRESH = 20  # steps between two looks at which latents are dead, where looking makes the host wait
+RATE = 0.03  # of the controller that steers a penalty's coefficient: its logarithm's change a step, at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,17 +38,17 @@ class Step:
     step: int
     """Steps done, from 1."""
     tokens: int
-    """Tokens seen."""
+    """Tokens seen, by all processes together."""
     lr: float
     """Learning rate of this step."""
     seconds: float
-    """Wall time since training began."""
+    """Wall time that training took until here, without what a resumed run has lost."""
     tensors: dict[str, Tensor]
     """loss, unexplained, active, dead: scalars on the device, before this step's update."""
 
     @property
     def loss(self) -> float:
-        """Training loss: unexplained share of the variance plus AuxK times its weight."""
+        """Training loss: unexplained share of the variance plus AuxK and penalty, each times its weight."""
         return float(self.tensors["loss"])
 
     @property
@@ -78,28 +73,30 @@ class Step:
 
 def train(
     sae: SAE,
-    batches: Iterable[Float[Tensor, "_ d_in"]],
+    batches: Iterable[Rows],
     cfg: TrainConfig,
     *,
-    held_out: Float[Tensor, "held d_in"] | None = None,
+    held_out: Rows | None = None,
+    world: World = ALONE,
 ) -> Generator[Step, None, None]:
-    """Train an SAE in place on batches [tok, d_in], and yield a Step after every optimiser step.
+    """Train an SAE in place on batches, and yield a Step after every optimiser step.
 
-    Logging, saving and stopping belong to the caller. When the steps are done, or the caller stops, the threshold is
-    calibrated so that the mean L0 at inference is k: on held_out, else on the first init_tokens. Tokens that have been
-    trained on several times excite fewer latents than new ones do, so a source of several epochs wants held_out.
+    A batch is [tok, d_in] or [tok, n_sites, d]; for a transcoder the pair of input and target. Logging, saving and
+    stopping belong to the caller. When the steps are done, or the caller stops, the threshold is calibrated so that the
+    mean L0 at inference is k: on held_out, else on the first init_tokens. Tokens that have been trained on several
+    times excite fewer latents than new ones do, so a source of several epochs wants held_out. With a world, each
+    process brings its own batches, and all end with the same weights.
     Raises ValueError where there is nothing to learn from, FloatingPointError where loss or weights stop being finite.
     Formulas: Gao et al. (arXiv:2406.04093), Bussmann et al. (arXiv:2412.06410).
     """
-    cfg = cfg.resolve(sae.d_in, sae.d_sae)
     source = iter(batches)
-    sample = _take(source, cfg.init_tokens, sae)
-    loop = _Loop(sae, cfg, sample)
+    sample = take(source, -(-cfg.init_tokens // world.size))
+    loop = Trainer(sae, cfg, sample, world)
     calibration = sample if held_out is None else [held_out]
     finalizing = sys.is_finalizing  # held here: when the interpreter goes down, globals may be gone before generators
     try:
         for batch in chain(list(sample), source):
-            yield loop.advance(batch.to(sae.enc))
+            yield loop.advance(batch)
             if loop.step == cfg.steps:
                 break
     except (GeneratorExit, KeyboardInterrupt):  # stopped from outside: leave an SAE that can be used
@@ -111,13 +108,13 @@ def train(
         warnings.warn(f"the source ended after {loop.step} of {cfg.steps} steps; training stopped there", stacklevel=2)
 
 
-def _take(source: Iterator[Tensor], tokens: int, sae: SAE) -> list[Tensor]:
-    sample, count = [], 0
+def take(source: Iterator[Rows], tokens: int) -> list[Rows]:
+    """Return the first batches of a source, as many as hold that many tokens. Raises ValueError for fewer than 2."""
+    sample: list[Rows] = []
+    count = 0
     for batch in source:
-        if batch.ndim != 2 or batch.shape[1] != sae.d_in:
-            raise ValueError(f"this SAE learns from batches [tok, {sae.d_in}]; given: shape {tuple(batch.shape)}")
-        sample.append(batch.to(sae.enc))
-        count += len(batch)
+        sample.append(batch)
+        count += len(_input(batch))
         if count >= tokens:
             break
     if count < 2:
@@ -125,221 +122,199 @@ def _take(source: Iterator[Tensor], tokens: int, sae: SAE) -> list[Tensor]:
     return sample
 
 
-class _Loop:
-    """What changes while an SAE is trained."""
+def _input(batch: Rows) -> Tensor:
+    return batch[0] if isinstance(batch, tuple) else batch
 
-    def __init__(self, sae: SAE, cfg: TrainConfig, sample: list[Tensor]) -> None:
-        self.sae, self.cfg = sae, cfg
-        moments = Moments()
-        for batch in sample:
-            moments.add(batch)
-        value = moments.value()
-        if not math.isfinite(value.variance):
-            raise ValueError("the activations hold nan or infinity; drop those rows first")
-        sae.centre(value.mean.float(), math.sqrt(value.variance))
-        self.variance = value.variance * sae.scale.square()
-        self.idle = torch.zeros(sae.d_sae, dtype=torch.long, device=sae.enc.device)  # tokens since a latent fired
+
+class Trainer:
+    """An SAE while it is trained: everything that changes from step to step, and nothing else.
+
+    `advance` does one step, `state` and `load` carry it over to another process bit for bit, `finish` ends it.
+    """
+
+    def __init__(self, sae: SAE, cfg: TrainConfig, sample: Sequence[Rows], world: World = ALONE) -> None:
+        self.sae, self.world = sae, world
+        self.cfg = cfg = cfg.resolve(sae.d_in, sae.d_sae)
+        if sae.config.k is None:
+            raise ValueError("training needs k, the number of active latents a token that is asked for")
+        if cfg.level_weights is not None and len(cfg.level_weights) != max(1, len(sae.config.levels)):
+            raise ValueError(f"level_weights {cfg.level_weights} must be one for each level of {sae.config.levels}")
+        pairs = [self._split(batch) for batch in sample]
+        self.variance = self._enter(pairs)
+        sae.world = world
+        device = sae.enc.device
+        with torch.no_grad():
+            first = sae._given(pairs[0][0][:2048])
+            sae.begin(F.linear(first - sae.dec_bias if sae.config.centred else first, sae.enc, sae.enc_bias), cfg)
+        levels = max(1, len(sae.config.levels))
+        weights = torch.tensor(cfg.level_weights or [1.0] * levels, dtype=torch.float32, device=device)
+        self.level_weights = weights / weights.sum()
+        self.idle = torch.zeros(sae.d_sae, dtype=torch.long, device=device)  # tokens since a latent fired
+        self.dead = torch.zeros(0, dtype=torch.long, device=device)
+        start = 0.5 / math.sqrt(sae.config.k) if cfg.sparsity is None else cfg.sparsity
+        self.pressure = torch.tensor(float(start), device=device)
         self.optimiser = Optimiser(list(sae.parameters()), sae.dec, cfg)
         self.step = self.tokens = 0
-        self.start = time.perf_counter()
+        self.spent, self._begun = 0.0, time.perf_counter()
 
-    def advance(self, batch: Float[Tensor, "tok d_in"]) -> Step:
-        """Do one step; no host synchronisation but the one of the dead latents' list."""
-        sae, cfg = self.sae, self.cfg
-        z = batch * sae.scale
-        values, active = encode_active(z, sae.enc, sae.enc_bias, sae.dec_bias, sae.select)
-        error = z - sae.dec_bias - decode_active(values, active, sae.dec)
-        unexplained = reconstruction_loss(error, self.variance)
-        dead = self._count(values, active.cols, len(batch))
-        loss = unexplained
-        if cfg.aux_weight and len(dead):
-            loss = loss + cfg.aux_weight * self._aux(z, error, dead)
+    def advance(self, batch: Rows) -> Step:
+        """Do one step. Nothing on the device is waited for, but for a look at dead latents now and then."""
+        sae, cfg, world = self.sae, self.cfg, self.world
+        x, y = self._split(batch)
+        assert sae.inward is not None and sae.outward is not None
+        z = sae.inward.into(x.to(sae.enc.dtype))
+        target = z if y is x else sae.outward.into(y.to(sae.enc.dtype))
+        tokens = len(x) * world.size
+        bias = sae.dec_bias if sae.config.centred else None
+        raw, active = encode_active(z, sae.enc, sae.enc_bias, bias, sae.select)
+        whole = (lambda p: p) if active is None else (lambda p: p[active.cols])
+        values = sae.values(raw, whole)
+        error = self._error(z, target, values, active)
+        unexplained = error.square().sum((0, 2)) / (tokens * self.variance)
+        loss = (self.level_weights * unexplained).sum()
+        fired = self._count(values.detach(), active, tokens)
+        if cfg.aux_weight and len(self.dead):
+            loss = loss + cfg.aux_weight * self._aux(z, error[:, -1])
+        penalty = sae.penalty(
+            Batch(raw=raw, values=values, active=active, target=target, n_tokens=tokens, variance=self.variance,
+                  pressure=self._pressure(), total=world.total, share=1 / world.size), cfg,
+        )  # fmt: skip
+        loss = loss if penalty is None else loss + penalty
         loss.backward()
-        lr = self.optimiser.step(self.step)
+        lr = self.optimiser.step(self.step, world)
+        sae.project()
         self.step += 1
-        self.tokens += len(batch)
+        self.tokens += tokens
+        active_mean = fired.sum() / tokens
+        self._steer(active_mean)
         tensors = {
-            "loss": loss.detach(),
-            "unexplained": unexplained.detach(),
-            "active": (values.detach() > 0).sum() / len(batch),
-            "dead": torch.as_tensor(len(dead) / sae.d_sae),
+            "loss": world.total(loss.detach()),
+            "unexplained": world.total(unexplained.detach()[-1]),
+            "active": active_mean,
+            "dead": (self.idle >= (cfg.dead_after or 0)).float().mean(),
         }
         if self.step % 100 == 1 and not math.isfinite(float(tensors["loss"])):
             raise FloatingPointError(f"the loss is {float(tensors['loss'])} at step {self.step}; lower the lr")
-        seconds = time.perf_counter() - self.start
-        return Step(step=self.step, tokens=self.tokens, lr=lr, seconds=seconds, tensors=tensors)
+        return Step(step=self.step, tokens=self.tokens, lr=lr, seconds=self.seconds, tensors=tensors)
 
-    def _count(self, values: Tensor, cols: Tensor, tokens: int) -> Int[Tensor, " n_dead"]:
-        """Bring the idle counters up to date; return the dead latents."""
-        fired = torch.zeros_like(self.idle).index_add_(0, cols, (values.detach() > 0).long())
-        self.idle = (self.idle + tokens).masked_fill_(fired > 0, 0)
-        assert self.cfg.dead_after is not None
-        return (self.idle >= self.cfg.dead_after).nonzero().squeeze(1)
-
-    def _aux(self, z: Tensor, error: Tensor, dead: Tensor) -> Tensor:
-        # dense over the dead columns alone: they are few, and all of them may speak
-        sae = self.sae
-        assert self.cfg.aux_k is not None
-        pre = (z - sae.dec_bias.detach()) @ sae.enc[dead].t() + sae.enc_bias[dead]
-        return aux_k_loss(error, pre, sae.dec[dead], self.cfg.aux_k)
-
-    def finish(self, calibration: list[Tensor]) -> None:
-        """Fold the scale and calibrate the threshold. Raises FloatingPointError for weights that are not finite."""
-        if not all(bool(torch.isfinite(p).all()) for p in self.sae.parameters()):
+    def finish(self, calibration: Iterable[Rows]) -> None:
+        """Leave the training space and calibrate the threshold. Raises FloatingPointError for weights not finite."""
+        if not self.finite():
             raise FloatingPointError(f"the weights are no longer finite after {self.step} steps; lower the lr")
-        self.sae.fold_scale()
-        self.sae.calibrate(batch.to(self.sae.enc) for batch in calibration)
+        self.sae.fold()
+        self.sae.calibrate(self._split(batch)[0] for batch in calibration)
 
+    def finite(self) -> bool:
+        """Return whether every weight is finite."""
+        return all(bool(torch.isfinite(p).all()) for p in self.sae.parameters())
 
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """A training run and what came of it."""
+    @property
+    def seconds(self) -> float:
+        """Wall time of training, in all processes that it was resumed in."""
+        return self.spent + time.perf_counter() - self._begun
 
-    sae: SAE
-    log: list[dict[str, int | float]]
-    """Numbers of the logged steps, the last step always among them."""
-    config: dict[str, Any]
-    """Everything that was decided or used: what run.json holds."""
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return all that changes, as tensors and as JSON-able numbers: what `load` needs to go on bit for bit."""
+        tensors = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
+        tensors |= {f"adam.{name}": value for name, value in self.optimiser.state().items()}
+        tensors |= {"idle": self.idle, "dead": self.dead, "pressure": self.pressure}
+        numbers = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "variance": self.variance}
+        return tensors, numbers
 
+    def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Go on from a state of a trainer that was made alike. Raises ValueError or KeyError for another's."""
+        device = self.idle.device
+        sae = {name.removeprefix("sae."): value for name, value in tensors.items() if name.startswith("sae.")}
+        self.sae.load_state_dict(sae)
+        adam = {name.removeprefix("adam."): value for name, value in tensors.items() if name.startswith("adam.")}
+        self.optimiser.load(adam)
+        self.idle, self.dead = tensors["idle"].to(device).clone(), tensors["dead"].to(device).clone()
+        self.pressure = tensors["pressure"].to(device).clone()
+        self.step, self.tokens = int(numbers["step"]), int(numbers["tokens"])
+        self.variance = float(numbers["variance"])
+        self.spent, self._begun = float(numbers["seconds"]), time.perf_counter()
 
-def fit(
-    source: Tensor | np.ndarray | str | Path | Iterable[Tensor],
-    arch: str = "batchtopk",
-    width: int | str = "16x",
-    k: int | float = 32,
-    *,
-    steps: int | None = None,
-    tokens: int | None = None,
-    batch_size: int = 2048,
-    lr: int | float | None = None,
-    seed: int = 0,
-    out: str | Path | None = None,
-    device: str | torch.device | None = None,
-    metadata: dict[str, Any] | None = None,
-    log_every: int = 20,
-    progress: bool = False,
-    on_step: Callable[[Step], object] | None = None,
-) -> Run:
-    """Train an SAE on activations and return it with its log.
+    def _split(self, batch: Rows) -> tuple[Tensor, Tensor]:
+        """Return input [tok, d_in] and target [tok, d_out] of a batch, on the device of the weights."""
+        config, device = self.sae.config, self.sae.enc.device
+        x, y = batch if isinstance(batch, tuple) else (batch, batch)
+        if config.n_sites > 1 and x.ndim == 3:
+            x = x.flatten(1)
+        if x.ndim != 2 or x.shape[1] != config.d_in:
+            raise ValueError(f"this SAE learns from batches [tok, {config.d_in}]; given: shape {tuple(x.shape)}")
+        if not config.transcoder:
+            if isinstance(batch, tuple):
+                raise ValueError(
+                    "an autoencoder predicts what it reads; build with d_out for pairs of input and target"
+                )
+            x = x.to(device)
+            return x, x
+        if y is x or y.shape != (len(x), config.d_target):
+            given = "no target" if y is x else f"a target of shape {tuple(y.shape)}"
+            raise ValueError(f"a transcoder learns from pairs of input and target [tok, {config.d_target}]; {given}")
+        return x.to(device), y.to(device)
 
-    source: a tensor or array [tok, d_in], a .npy or .safetensors file of one, or an iterable of batches. Rows of an
-    array are drawn in a fresh order each epoch, but for 5 % of them, in stripes, on which the threshold is calibrated.
-    An iterable is read in its order, again and again if it can be.
-    width: the number of latents, or a multiple of d_in such as "16x". The length is steps, or tokens (repeats counted),
-    else DEFAULT_STEPS. With out, that folder gets the SAE, run.json and metrics.jsonl; an interrupt (Ctrl-C) saves what
-    there is, and goes on upwards. Raises ValueError, MissingError or FormatError, before the first step, for what
-    cannot be read or done.
-    """
-    if steps is not None and tokens is not None:
-        raise ValueError("give steps or tokens, not both")
-    if steps is None:
-        steps = DEFAULT_STEPS if tokens is None else tokens // batch_size
-    cfg = TrainConfig(steps=steps, batch_size=batch_size, lr=lr, seed=seed)
-    batches, held_out, data = _open(source, batch_size, seed, device)
-    first = next(batches, None)
-    if first is None:
-        raise ValueError(f"the source gave less than one batch of {batch_size} tokens")
-    place = device if device is not None else first.device
-    d_in = first.shape[1]
-    sae = build(arch, d_in=d_in, d_sae=_width(width, d_in), k=k, seed=seed, metadata=metadata).to(place)
-    cfg = cfg.resolve(sae.d_in, sae.d_sae)
-    log: list[dict[str, int | float]] = []
-    config = {
-        "sae": asdict(sae.config),
-        "train": asdict(cfg),
-        "data": data,
-        "device": str(place),
-        "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-    }
-    run = Run(sae=sae, log=log, config=config)
-    stream = train(sae, chain([first], batches), cfg, held_out=held_out)
-    try:
-        _follow(stream, run, out, log_every, progress, on_step)
-    finally:
-        stream.close()
-        if out is not None and log:
-            _save(run, Path(out))
-    return run
+    def _enter(self, pairs: list[tuple[Tensor, Tensor]]) -> float:
+        """Choose the training space from the sample; return the target's variance a token in it."""
+        sae, cfg, total = self.sae, self.cfg, self.world.total
+        whiten = cfg.normalize == "whiten"
+        read = statistics([x for x, _ in pairs], covariance=whiten, total=total)
+        if not math.isfinite(float(read.squares.sum())):
+            raise ValueError("the activations hold nan or infinity; drop those rows first")
+        if sae.config.transcoder:
+            inward = read.affine(cfg.normalize, 1, shift=True)
+            written = statistics([y for _, y in pairs], total=total)
+            outward = written.affine("none" if cfg.normalize == "none" else "sqrt_d", 1, shift=False)
+        else:
+            inward = outward = read.affine(cfg.normalize, sae.config.n_sites, shift=False)
+            written = read
+        b_dec = written.mean.float()
+        if cfg.b_dec_start == "median":
+            b_dec = geometric_median(torch.cat([y.float() for _, y in pairs]))
+            b_dec = total(b_dec) / self.world.size
+        sae.start(inward, outward, b_dec)
+        return written.variance(outward)
 
+    def _error(self, z: Tensor, target: Tensor, values: Tensor, active: Active | None) -> Float[Tensor, "tok levels d"]:
+        """Return what each nested level leaves of the target; one level where there are none."""
+        sae = self.sae
+        rest = target - sae.dec_bias
+        if sae.skip is not None:
+            rest = rest - F.linear(z, sae.skip)
+        if active is None:
+            return (rest - values @ sae.dec)[:, None]
+        levels = sae.config.levels
+        if not levels:
+            return (rest - decode_active(values, active, sae.dec))[:, None]
+        parts = decode_active(values, by_level(active, levels), sae.dec).view(len(z), len(levels), -1)
+        return rest[:, None] - parts.cumsum(1)
 
-def describe(path: str | Path) -> dict[str, Any]:
-    """Return what a saved SAE is: sizes, architecture, metadata, weights' norms, and run.json where there is one."""
-    sae = load_sae(path)
-    run = Path(path) / "run.json"
-    return {
-        "arch": sae.config.arch,
-        "d_in": sae.d_in,
-        "d_sae": sae.d_sae,
-        "k": sae.config.k,
-        "threshold": float(sae.threshold.max()),
-        "parameters": sum(p.numel() for p in sae.parameters()),
-        "b_dec_norm": float(sae.b_dec.detach().norm()),
-        "encoder_decoder_cosine": float(F.cosine_similarity(sae.enc, sae.dec, dim=1).detach().mean()),
-        "metadata": sae.config.metadata,
-        "run": read_json(run) if run.is_file() else None,
-    }
+    def _count(self, values: Tensor, active: Active | None, tokens: int) -> Int[Tensor, " d_sae"]:
+        """Bring the idle counters and the list of dead latents up to date; return how often each latent fired."""
+        fires = (values != 0).long()
+        counts = fires.sum(0) if active is None else torch.zeros_like(self.idle).index_add_(0, active.cols, fires)
+        counts = self.world.total(counts)
+        self.idle = (self.idle + tokens).masked_fill_(counts > 0, 0)
+        assert self.cfg.dead_after is not None
+        if self.idle.device.type == "cpu" or self.step % REFRESH == 0:
+            self.dead = (self.idle >= self.cfg.dead_after).nonzero().squeeze(1)
+        return counts
 
+    def _aux(self, z: Tensor, error: Tensor) -> Tensor:
+        # dense over the dead columns alone: they are few, and all of them may speak
+        sae, dead = self.sae, self.dead
+        assert self.cfg.aux_k is not None
+        centred = z - sae.dec_bias.detach() if sae.config.centred else z
+        pre = F.linear(centred, sae.enc[dead], sae.enc_bias[dead])
+        return aux_k_loss(error, pre, sae.dec[dead], self.cfg.aux_k, self.world.total)
 
-def _open(
-    source: Any, batch_size: int, seed: int, device: str | torch.device | None
-) -> tuple[Iterator[Tensor], Tensor | None, dict[str, Any]]:
-    """Return the batches, the rows kept out of them, and what is known of the data."""
-    if not isinstance(source, Tensor | np.ndarray | str | Path):
-        return rebatched(source, batch_size), None, {"tokens": None, "held_out": 0, "dtype": None, "sha256": None}
-    rows = load_array(source)
-    held = held_out_mask(len(rows))
-    data = {
-        "tokens": len(rows),
-        "held_out": int(held.sum()),
-        "dtype": str(rows.dtype).removeprefix("torch."),
-        "sha256": _fingerprint(rows),
-    }
-    rows, held = rows.to(device=device), held.to(rows.device if device is None else device)
-    generator = torch.Generator().manual_seed(seed + 0x5AE)  # not the stream that draws the weights
-    return shuffled(rows[~held], batch_size, generator), rows[held] if bool(held.any()) else None, data
+    def _pressure(self) -> Tensor:
+        if not self.sae.pressured or self.cfg.sparsity is None:
+            return self.pressure
+        return self.pressure * min(1.0, (self.step + 1) / max(1, round(self.cfg.warmup * self.cfg.steps)))
 
-
-def _fingerprint(rows: Tensor) -> str:
-    return hashlib.sha256(rows.detach().cpu().contiguous().view(torch.uint8).numpy().data).hexdigest()
-
-
-def _width(width: int | str, d_in: int) -> int:
-    try:
-        return round(float(width[:-1]) * d_in) if isinstance(width, str) and width.endswith("x") else int(width)
-    except ValueError:
-        raise ValueError(f"width is {width!r}; a number of latents, or a multiple of d_in such as '16x'") from None
-
-
-def _follow(
-    stream: Iterator[Step],
-    run: Run,
-    out: str | Path | None,
-    log_every: int,
-    progress: bool,
-    on_step: Callable[[Step], object] | None,
-) -> None:
-    """Drive the training and keep its log."""
-    from tqdm import tqdm
-
-    steps = run.config["train"]["steps"]
-    if out is not None:
-        Path(out).mkdir(parents=True, exist_ok=True)
-    target = os.devnull if out is None else Path(out) / "metrics.jsonl"
-    with open(target, "w", encoding="utf-8") as file, tqdm(total=steps, unit="step", disable=not progress) as bar:
-        for step in stream:
-            if on_step is not None:
-                on_step(step)
-            bar.update()
-            if step.step % log_every and step.step != steps:
-                continue
-            row = step.as_dict()
-            run.log.append(row)
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            bar.set_postfix_str(f"fve {row['fve']:.3f}, L0 {row['l0']:.1f}, dead {row['dead']:.1%}")
-
-
-def _save(run: Run, out: Path) -> None:
-    save_sae(run.sae, out)
-    write_json(out / "run.json", run.config | {"last": run.log[-1]})
+    def _steer(self, active: Tensor) -> None:
+        """Raise the penalty's coefficient while more than k latents are active, and lower it while fewer are."""
+        if self.sae.pressured and self.cfg.sparsity is None:
+            gap = (active / (self.sae.config.k or 1)).clamp_min(1e-3).log().clamp(-1, 1)
+            self.pressure = self.pressure * (RATE * gap).exp()

@@ -17,13 +17,17 @@ class BatchTopK(SAE):
     that was asked for.
     """
 
+    calibrated = True
+
     def __init__(self, config: SAEConfig, *, seed: int = 0) -> None:
         super().__init__(config, seed=seed)
         self._guess = 0.0  # smallest value kept in the last batch: makes the next selection fast, not different
 
     def select(self, pre: Float[Tensor, "tok d_sae"]) -> Int[Tensor, " n"]:
         """Return the flattened positions, ascending, of the k * n_tok largest positive pre-activations."""
-        kept = largest(pre, round(self.config.k * pre.shape[0]), self._guess)
+        assert self.config.k is not None
+        n = round(self.config.k * pre.shape[0] * self.world.size)
+        kept = largest(pre, n, self._guess, self.world.gather if self.world.size > 1 else None)
         if pre.device.type == "cpu":
             self._guess = float(pre.detach().view(-1)[kept].min()) if len(kept) else 0.0
         return kept

@@ -9,13 +9,14 @@ import torch
 
 import sae
 from sae.config import TrainConfig
-from sae.data import held_out_mask, rebatched, shuffled
+from sae.data import Shuffled, held_out_mask, rebatched
 from sae.evaluation import evaluate_saved
 from sae.formats import save_sae
 from sae.io import FormatError, read_json
 from sae.losses import aux_k_loss, reconstruction_loss
 from sae.optim import Optimiser, lr_share, remove_parallel
-from sae.training import Step, describe, fit, train
+from sae.runs import describe, fit
+from sae.training import Step, train
 
 CFG = TrainConfig(steps=10, batch_size=128, lr=1e-2)
 
@@ -49,9 +50,9 @@ def planted_dead(world, aux_weight: float) -> tuple[float, float]:
         x.enc_bias[7] = -6.0
         before = x.enc[7].clone()
     cfg = TrainConfig(steps=300, batch_size=256, lr=3e-2, dead_after=512, aux_weight=aux_weight)
-    for step in train(x, shuffled(acts, 256, torch.Generator().manual_seed(0)), cfg):
+    for step in train(x, Shuffled(acts, 256, seed=0), cfg):
         if step.step == 1:
-            z = (acts - x.b_dec) * x.scale
+            z = (acts - x.b_dec) * x.outward.scale
             assert float((z @ x.enc[7] + x.enc_bias[7]).detach().max()) < 0  # on the whole data
     return float((x.enc[7].detach() - before).norm()), float(sae.evaluate(x, acts).density[7])
 
@@ -116,7 +117,7 @@ def test_a_caller_who_stops_early_has_a_calibrated_sae(world):
     for step in train(x, acts.split(128), TrainConfig(steps=20, batch_size=128, lr=1e-2)):
         if step.step == 7:
             break
-    assert float(x.scale) == 1 and sae.evaluate(x, acts).l0 == pytest.approx(3, abs=1e-6)
+    assert x.outward is None and sae.evaluate(x, acts).l0 == pytest.approx(3, abs=1e-6)
 
 
 def test_no_batch_is_asked_for_after_the_last_step(world):
@@ -148,7 +149,7 @@ def test_what_cannot_be_learned_from_raises(world):
 
 def test_an_epoch_shows_every_row_once_in_an_order_of_its_own():
     rows = torch.arange(10.0)[:, None]
-    source = shuffled(rows, 4, torch.Generator().manual_seed(1))
+    source = iter(Shuffled(rows, 4, seed=1))
     seen = torch.cat([next(source) for _ in range(5)]).flatten()
     assert seen[:10].sort().values.tolist() == seen[10:].sort().values.tolist() == list(range(10))
     assert seen[:10].tolist() != seen[10:].tolist()
