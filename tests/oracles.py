@@ -39,6 +39,8 @@ def metrics(x: np.ndarray, recon: np.ndarray, latents: np.ndarray) -> dict[str, 
         "fve": float(1 - error / ((x - x.mean(0)) ** 2).sum()),
         "nmse": float(error / (x**2).sum()),
         "cosine": float(np.mean(cosines)),
+        "relative_bias": float((recon**2).sum() / (x * recon).sum()),
+        "l2_ratio": float(np.mean([np.linalg.norm(b) / np.linalg.norm(a) for a, b in zip(x, recon, strict=True)])),
         "dead": float(np.mean([not column.any() for column in fires.T])),
         "dense": float(np.mean([column.mean() > 0.1 for column in fires.T])),
     }
