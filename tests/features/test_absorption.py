@@ -81,7 +81,7 @@ def test_the_unit_of_the_activations_does_not_matter(size):
 
 
 def test_a_letter_that_is_split_over_latents_gets_them_all_as_main():
-    x, letters, latents, W, test, special = planted(absorbs=False)
+    x, letters, latents, W, test, _special = planted(absorbs=False)
     at = LETTERS.index("b")
     half = [i for i, c in enumerate(letters) if c == "b" and i % 4 < 2]
     latents[half, 23], latents[half, at] = latents[half, at], 0.0
@@ -150,9 +150,9 @@ def test_an_origin_is_taken_off_before_the_projection():
 def test_a_model_that_does_not_hold_letters_is_refused():
     x, letters, latents, W, test, _ = planted()
     noise = torch.from_numpy(np.random.default_rng(3).normal(size=tuple(x.shape)))
-    with pytest.raises(AbsorptionError, match="0 of 22 letters .* 20 are needed; absorption means nothing"):
+    with pytest.raises(AbsorptionError, match=r"0 of 22 letters .* 20 are needed; absorption means nothing"):
         absorption(noise, letters, latents, W, test=test)
-    with pytest.raises(AbsorptionError, match="22 of 22 letters .* 23 are needed"):
+    with pytest.raises(AbsorptionError, match=r"22 of 22 letters .* 23 are needed"):
         absorption(x, letters, latents, W, test=test, min_letters=23)
     with pytest.raises(AbsorptionError, match="0 of 0 letters"):
         absorption(x, letters, latents, W, test=test, min_words=100)
