@@ -170,12 +170,12 @@ def parse_answers(answer: str, n: int) -> list[bool]:
             return [bool(word) for word in words]
     lines = re.findall(r"^\W*(?:text\s*)?(\d+)\s*[.):\-]+\s*\W*([\w.]+)", answer, re.IGNORECASE | re.MULTILINE)
     numbered = {int(number): _said(word) for number, word in lines}
-    if sorted(numbered) == list(range(1, n + 1)) and None not in numbered.values():
+    if sorted(int(number) for number, _ in lines) == list(range(1, n + 1)) and None not in numbered.values():
         return [bool(numbered[i]) for i in range(1, n + 1)]
     pieces = re.findall(r"[\w.]+", answer)
     words = [_said(piece) for piece in pieces if piece.strip(".").lower() in _WORDS]
     words = words or [said for piece in pieces if (said := _said(piece)) is not None]  # numbers, where they stand alone
-    if len(words) == n:
+    if len(words) == n and not lines:
         return [bool(word) for word in words]
     raise LabelError(f"{n} answers of yes or no were asked for, and cannot be read from: {answer[:200]!r}")
 
