@@ -213,7 +213,7 @@ def planted(
     if correlation:
         loadings = correlation**0.5 * F.normalize(torch.randn(n_features, rank, generator=generator), dim=1)
     raw = Planted(
-        features=features, rates=rates, offset=constant, unit=1.0, spread=spread, noise=noise,
+        features=features, rates=rates, offset=constant, unit=1.0, spread=float(spread), noise=float(noise),
         coefficients=coefficients, parents=parents, loadings=loadings,
     )  # fmt: skip
     sample = raw.sample_sparse(16_384, seed=seed + 1)[0]

@@ -50,3 +50,20 @@ def best_matching(cosines: np.ndarray) -> float:
     """Return the largest mean of a one-to-one matching of rows to columns (square), by trying all of them."""
     n = len(cosines)
     return max(float(np.mean([cosines[i, p[i]] for i in range(n)])) for p in permutations(range(n)))
+
+
+def firing_counts(latents: np.ndarray, codes: np.ndarray, match: np.ndarray) -> list[tuple[int, int, int]]:
+    """Return for each latent the tokens on which it fires, on which its match does, and on which both do."""
+    counts = [[0, 0, 0] for _ in match]
+    for latent_row, code_row in zip(latents, codes, strict=True):
+        for latent, feature in enumerate(match):
+            fires, there = latent_row[latent] != 0, code_row[feature] != 0
+            counts[latent][0] += int(fires)
+            counts[latent][1] += int(there)
+            counts[latent][2] += int(fires and there)
+    return [(a, b, c) for a, b, c in counts]
+
+
+def depth_in_forest(parents: np.ndarray, feature: int) -> int:
+    """Return how many parents a feature has above it."""
+    return 0 if parents[feature] < 0 else 1 + depth_in_forest(parents, parents[feature])
