@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
+from sae.archs.abstopk import AbsTopK
 from sae.archs.base import SAE
 from sae.archs.batchtopk import BatchTopK
 from sae.archs.gated import Gated
@@ -19,6 +20,7 @@ ARCHS: dict[str, type[SAE]] = {
     "relu": ReLU,
     "gated": Gated,
     "topk": TopK,
+    "abstopk": AbsTopK,
     "batchtopk": BatchTopK,
     "jumprelu": JumpReLU,
     "matryoshka": Matryoshka,
