@@ -32,7 +32,7 @@ ARCHS = {
 DEEP = -20.0  # an encoder bias that no input of norm sqrt(d) overcomes
 
 
-class Enough(Exception):  # noqa: N818 - not an error: the source stops the trainer with it
+class Enough(Exception):
     """What a source raises when it wants no further step."""
 
 
@@ -48,7 +48,8 @@ class Job:
     steps: int
     """Length that schedules are made for."""
     lr: float | None = None
-    """None: the package's default."""
+    """Adam's; None: the package's default. sparsify keeps its signum, whose rates are of another kind (2e-2 at 1,024
+    latents): its Adam at 1e-3 ends far below it."""
     seed: int = 0
     late: bool = False
     """Begin as if the warm-ups of threshold and penalty were over: for timing a step in the middle of training."""
@@ -171,7 +172,7 @@ def _sparsify(job: Job, source: Iterator[Tensor]) -> dict[str, Any]:
 
     config = TrainConfig(
         SaeConfig(num_latents=job.d_sae, k=job.k),
-        batch_size=1, hookpoints=["site"], init_seeds=[job.seed], lr=job.lr, log_to_wandb=False,
+        batch_size=1, hookpoints=["site"], init_seeds=[job.seed], log_to_wandb=False,
         save_every=job.steps + 2, save_dir=tempfile.mkdtemp(),
     )  # fmt: skip
     # two more than will be asked for: the source ends the run, before the trainer would write files
@@ -212,8 +213,8 @@ def _dictionary(job: Job, source: Iterator[Tensor]) -> dict[str, Any]:
     }  # fmt: skip
     if job.lr is not None:
         config["lr"] = job.lr
-    # Its defaults are counts of steps: 1,000 of warm-up, 1,000 without a threshold, 2,000 of growing penalty. It refuses
-    # them where the run is shorter; then they become shares of it.
+    # Its defaults are counts of steps: 1,000 of warm-up, 1,000 without a threshold, 2,000 of growing penalty. It
+    # refuses them where the run is shorter; then they become shares of it.
     config["warmup_steps"] = min(1000, job.steps // 20)
     penalty, threshold = (0, 0) if job.late else (min(2000, job.steps // 10), min(1000, job.steps // 2))
     if job.arch in ("topk", "batchtopk", "matryoshka"):
@@ -269,8 +270,8 @@ def _interp(job: Job, source: Iterator[Tensor]) -> dict[str, Any]:
     import sae as package
     from sae import TrainConfig
 
-    levels = {"levels": job.levels} if job.arch == "matryoshka" else {}
-    sae = package.build(job.arch, d_in=job.d_in, d_sae=job.d_sae, k=job.k, seed=job.seed, **levels)
+    levels = job.levels if job.arch == "matryoshka" else []
+    sae = package.build(job.arch, d_in=job.d_in, d_sae=job.d_sae, k=job.k, levels=levels, seed=job.seed)
     # while timing, what has not fired in five batches is dead; every latent that can fire does in that time
     dead_after = 5 * job.batch if job.late else None
     init_tokens = job.batch if job.late else min(65_536, job.steps * job.batch)
