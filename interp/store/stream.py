@@ -1,0 +1,462 @@
+"""Activations of a model on text as they are computed: shuffled batches for training, with no disk between."""
+
+import atexit
+import hashlib
+import json
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from interp.acts.rows import SAE_EXCLUDE
+from interp.model.hooks import canonical_name, unknown_hook
+from interp.model.loading import as_model
+from interp.model.sources import read_source
+from interp.store.chunks import Loaded, Place, Producer, Stopped, apart, can_copy, read_already
+from interp.store.job import Job, describe, differences
+from interp.store.shuffle import permute
+from sae.data import Feed
+
+__all__ = ["ActivationStream", "StreamBatches", "paired", "stacked", "stream_acts"]
+
+BUFFER_ROWS = 65_536
+PATIENCE = 10.0  # seconds that a thread gets to end its batch, or to get on with a text that it waits for
+
+
+def stream_acts(
+    model: Any,
+    dataset: str | Iterable[Any],
+    hooks: str | Iterable[str],
+    *,
+    ctx: int | None = None,
+    batch_size: int = 32,
+    packing: str | None = None,
+    exclude: Sequence[str] = SAE_EXCLUDE,
+    dtype: torch.dtype | str | None = None,
+    add_bos: bool = True,
+    separate: bool = True,
+    field: str = "text",
+    buffer_rows: int = BUFFER_ROWS,
+    buffer_mb: float | int | None = None,
+    prefetch: bool | None = None,
+    progress: bool = False,
+) -> "ActivationStream":
+    """Return the activations of a text at hook points as a source of batches, computed when they are read.
+
+    Text, windows, exclusions and values are those of `harvest_acts` with the same options: one epoch has the rows of
+    the store, bit for bit. Windows are computed in text order, in chunks of at least `buffer_rows` rows; rows are
+    shuffled within a chunk. At most two chunks are in memory: the one that is read, and the one that is computed
+    meanwhile in a thread. `buffer_mb` instead tells the memory of both together.
+
+    `prefetch`: the thread runs a copy of the model's modules that shares its weights, so that the model can be used, and
+    hooked, beside it. None: yes, but for a TransformerBridge and a dispatched or quantised model, which cannot be
+    copied so. A data set that computes its documents does so in the thread.
+    `progress` shows the rows handed out.
+
+    Raises what `harvest_acts` raises for options and text, and ValueError for a prefetch that cannot be.
+    """
+    model = as_model(model)
+    job = describe(
+        model, hooks, tokens=None, dtype=dtype, ctx=ctx, batch_size=batch_size, packing=packing, exclude=exclude,
+        add_bos=add_bos, separate=separate, shard_mb=1, covariance=False,
+    )  # fmt: skip
+    if buffer_mb is not None:
+        width = sum(model.hook_point(hook).d for hook in job.hooks) * job.dtype.itemsize
+        slots = job.settings["ctx"] * batch_size
+        buffer_rows = int(buffer_mb * 1e6 / 2 / width) - 2 * slots  # a chunk's buffer is up to two batches larger
+        if buffer_rows < 1:
+            need = 6 * slots * width / 1e6
+            raise ValueError(f"buffer_mb is {buffer_mb:g}; batches of {slots:,} tokens want about {need:,.0f} or more")
+    if buffer_rows < 1:
+        raise ValueError(f"buffer_rows is {buffer_rows}; it must be at least 1")
+    if prefetch and not can_copy(model):
+        raise ValueError(f"{model.name} ({model.backend}) cannot be copied for a thread; give prefetch=False, or None")
+    if isinstance(dataset, str):
+        read_source(dataset, field=field)  # what is not there is to be told now
+    elif isinstance(dataset, Tensor | np.ndarray) or not isinstance(dataset, Iterable):
+        raise TypeError(f"dataset is a {type(dataset).__name__}; give a source by name, or an iterable of documents")
+    ahead = can_copy(model) if prefetch is None else prefetch
+    return ActivationStream(job, dataset, field=field, buffer_rows=buffer_rows, prefetch=ahead, progress=progress)
+
+
+class ActivationStream:
+    """A source of activations that computes them: `stream.batches(4096, "resid_post.2")`, as of a store.
+
+    Each call of `batches` reads the text from its beginning; that of an iterator can be read once.
+    """
+
+    def __init__(
+        self, job: Job, dataset: str | Iterable[Any], *, field: str, buffer_rows: int, prefetch: bool, progress: bool
+    ):
+        self.job, self.dataset, self.field = job, dataset, field
+        self.buffer_rows, self.prefetch, self.progress = buffer_rows, prefetch, progress
+        self.once = not isinstance(dataset, str) and iter(dataset) is dataset
+        self._taken = False
+
+    def __repr__(self) -> str:
+        return f"ActivationStream({self.job.model.name}, {self._source()}, {', '.join(self.hooks)}, {self.dtype})"
+
+    @property
+    def hooks(self) -> list[str]:
+        """Canonical names of the hook points."""
+        return list(self.job.hooks)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the values."""
+        return self.job.dtype
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that name model, tokenizer and all settings, but not the text."""
+        return hashlib.sha256(json.dumps(self.same(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def same(self) -> dict[str, Any]:
+        """Return the settings that rows and their order depend on."""
+        names = ("tokenizer", "hooks", "dtype", "ctx", "batch_size", "packing", "add_bos", "separate", "exclude")
+        settings = self.job.settings
+        hooks = [hook["name"] for hook in settings["hooks"]]
+        model = {name: settings["model"][name] for name in ("class", "fingerprint", "dtype")}
+        return {**{n: settings[n] for n in names}, "hooks": hooks, "model": model, "buffer_rows": self.buffer_rows}
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the stream is, JSON-able: model, text, settings, fingerprint."""
+        names = ("tokenizer", "dtype", "ctx", "batch_size", "packing", "add_bos", "separate", "exclude", "machine")
+        return {
+            "kind": "stream",
+            "fingerprint": self.fingerprint,
+            "model": self.job.settings["model"],
+            "dataset": self._source(),
+            "field": self.field,
+            "hooks": {hook["name"]: {"d": hook["d"]} for hook in self.job.settings["hooks"]},
+            **{name: self.job.settings[name] for name in names},
+            "buffer_rows": self.buffer_rows,
+            "prefetch": self.prefetch,
+        }
+
+    def _source(self) -> str:
+        return self.dataset if isinstance(self.dataset, str) else type(self.dataset).__name__
+
+    def name(self, hook: str) -> str:
+        """Return the canonical name of a hook point of the stream; raises HookPointError naming the closest."""
+        full = hook if hook in self.hooks else self.job.model.aliases.get(hook, hook)
+        full = canonical_name(full, self.job.model.n_layers) or full
+        if full not in self.hooks:
+            raise unknown_hook("the stream", hook, self.hooks)
+        return full
+
+    def documents(self) -> Iterator[Any]:
+        """Return the documents from the first on; raises ValueError where they were read and cannot be read again."""
+        if isinstance(self.dataset, str):
+            return read_source(self.dataset, field=self.field)
+        if self.once and self._taken:
+            raise read_already()
+        self._taken = True
+        return iter(self.dataset)
+
+    def batches(
+        self,
+        batch_size: int,
+        hook: str | Sequence[str] | None = None,
+        *,
+        shuffle: bool = True,
+        seed: int = 0,
+        epochs: int | None = None,
+        dtype: torch.dtype | None = None,
+        drop_last: bool = True,
+    ) -> "StreamBatches":
+        """Return batches of rows, resumable: [batch, d] of the one `hook`, or {name: [batch, d]} of several.
+
+        A batch is the caller's own memory, on the CPU, in the stream's dtype unless `dtype` is given. `epochs` None
+        never ends, where the text can be read again. After the last epoch a rest smaller than a batch is left out
+        unless `drop_last` is False.
+        Raises ValueError where the hook point must be named, for sizes that make no sense, and for several epochs of an
+        iterator.
+        """
+        if hook is None and len(self.hooks) > 1:
+            raise ValueError(f"the stream has several hook points; name one with hook=: {', '.join(self.hooks)}")
+        if batch_size < 1 or (epochs is not None and epochs < 1):
+            raise ValueError(f"batch_size is {batch_size}, epochs {epochs}; they must be at least 1, and 1 or None")
+        if self.once and epochs is not None and epochs > 1:
+            raise ValueError(f"{epochs} epochs of an iterator, which can be read once; give something like a list")
+        single = hook is None or isinstance(hook, str)
+        names = [self.name(h) for h in ([hook] if isinstance(hook, str) else hook or self.hooks)]
+        return StreamBatches(
+            self, batch_size, names, single=single, shuffle=shuffle, seed=seed, epochs=1 if self.once else epochs,
+            dtype=dtype or self.dtype, drop_last=drop_last,
+        )  # fmt: skip
+
+
+class StreamBatches:
+    """Batches of a stream. Iterating again goes on where it was left; `state` and `restore` do so in another process.
+
+    The rows of chunk c of an epoch come in the order `permute(.., (seed, epoch, c))`; batches run over the seams of
+    chunks and epochs. `rows` tells how many were handed out.
+    """
+
+    def __init__(
+        self, stream: ActivationStream, batch_size: int, names: list[str], *, single: bool, shuffle: bool, seed: int,
+        epochs: int | None, dtype: torch.dtype, drop_last: bool,
+    ) -> None:  # fmt: skip
+        self.stream, self.batch_size, self.names = stream, batch_size, names
+        self.shuffle, self.seed, self.dtype, self.drop_last = shuffle, seed, dtype, drop_last
+        self.rows = 0
+        self._at: tuple[Place | None, int] = (None, 0)  # chunk and row behind the last batch handed out
+        self._single = single
+        self._producer = Producer(stream.job, stream.documents, stream.buffer_rows, epochs)
+        self._ahead: _Ahead | None = None
+        self._loaded: Loaded | None = None
+        self._order = torch.zeros(0, dtype=torch.long)
+        self._row = 0  # of the chunk that is loaded, or is to be loaded next
+        self._filled, self._parts = 0, dict[str, Tensor]()  # a batch that is not full yet
+
+    def state(self) -> dict[str, Any]:
+        """Return what `restore` needs to go on behind the last batch handed out, whatever was computed ahead."""
+        place, row = self._at
+        at = None if place is None else {**asdict(place), "row": row}
+        same = self.stream.same()
+        return {"rows": self.rows, "seed": self.seed, "shuffle": self.shuffle, "at": at, "stream": same}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go to the position of a state: text in front of its chunk is read for its checksum and not tokenised.
+
+        The batch size may be another one. The chunk is computed, once more, at the next batch.
+        Raises ValueError for a state of another stream, another order, or another text.
+        """
+        place, row = self._checked(state)
+        self._filled, self._parts = 0, {}
+        if not self._holds(place):
+            self._leave()
+            if place is None:
+                self._producer.begin(self.stream.once)
+            else:
+                self._producer.seek(place, self.stream.once)
+        self.rows, self._at, self._row = int(state["rows"]), (place, row), row
+
+    def _holds(self, place: Place | None) -> bool:
+        """Whether the chunk that is loaded begins at a place (None: at the beginning)."""
+        if self._loaded is None:
+            return False
+        held = self._loaded.chunk.place
+        return held == place or (place is None and (held.epoch, held.chunk) == (0, 0))
+
+    def _leave(self) -> None:
+        """Give up the chunk that is loaded, and hand back the one that was made ahead."""
+        if self._ahead is not None:
+            self._ahead.halt()
+            self._ahead.join()
+            if self._ahead.loaded is not None:
+                self._producer.back(self._ahead.loaded)
+        if self._loaded is not None:
+            self._loaded.release()
+        self._loaded = self._ahead = None
+
+    def _checked(self, state: Mapping[str, Any]) -> tuple[Place | None, int]:
+        own = self.state()
+        for name in own:
+            if name not in state:
+                raise ValueError(f"the state has no {name!r}; it holds: {', '.join(map(repr, state)) or 'nothing'}")
+        for name in ("seed", "shuffle"):
+            if state[name] != own[name]:
+                raise ValueError(
+                    f"the state has {name} {state[name]}, these batches {own[name]}: another order of rows"
+                )
+        found = differences(state["stream"], own["stream"])
+        if found:
+            raise ValueError(f"the state is of another stream: {'; '.join(found[:4])}")
+        if state["at"] is None:
+            return None, 0
+        at = dict(state["at"])
+        try:
+            row = int(at.pop("row"))
+            return Place(**at), row
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"the state's place is not one of a stream: {state['at']}") from error
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield batches from the current position on."""
+        if self.stream.prefetch:
+            self._producer.computer.use(apart(self.stream.job))
+        bar = _bar(self.rows) if self.stream.progress else None
+        try:
+            while (batch := self._next()) is not None:
+                if bar is not None:
+                    bar.update(self.rows - bar.n)
+                yield batch
+                del batch  # else it would live on beside the next one
+        finally:
+            self._halt()
+            if bar is not None:
+                bar.close()
+
+    def _next(self) -> Any:
+        """Return the next batch, None at the end. What was gathered of one is kept where an error stops it."""
+        if not self._parts:
+            job = self.stream.job
+            widths = {name: job.model.hook_point(name).d for name in self.names}
+            self._parts = {n: torch.empty(self.batch_size, d, dtype=self.dtype) for n, d in widths.items()}
+        last = self._at
+        while self._filled < self.batch_size:
+            loaded = self._loaded or self._load()
+            if loaded is None:
+                break
+            last = self._take(loaded)
+        if not self._filled or (self.drop_last and self._filled < self.batch_size):
+            return None
+        parts = {name: part[: self._filled] for name, part in self._parts.items()}
+        self.rows, self._at = self.rows + self._filled, last
+        self._filled, self._parts = 0, {}
+        return parts[self.names[0]] if self._single else parts
+
+    def _take(self, loaded: Loaded) -> tuple[Place, int]:
+        """Put rows of the chunk into the batch, as many as it wants; return the place behind them."""
+        if self._row > len(self._order):
+            raise ValueError(
+                f"the state is at row {self._row:,} of a chunk of {len(self._order):,}: of another machine?"
+            )
+        picks = self._order[self._row : self._row + self.batch_size - self._filled]
+        for name, part in self._parts.items():
+            target = part[self._filled : self._filled + len(picks)]
+            if self.dtype == self.stream.dtype:
+                torch.index_select(loaded.values[name], 0, picks, out=target)
+            else:
+                target.copy_(loaded.values[name].index_select(0, picks))
+        self._filled += len(picks)
+        self._row += len(picks)
+        place = (loaded.chunk.place, self._row)
+        if self._row == len(self._order):
+            loaded.release()
+            self._loaded, self._row = None, 0
+        return place
+
+    def _load(self) -> Loaded | None:
+        """Load the next chunk, and have the one behind it made meanwhile."""
+        loaded = self._awaited() if self.stream.prefetch else self._producer.load(lambda: False)
+        if loaded is None:
+            return None
+        if self.stream.prefetch:
+            self._ahead = _Ahead(self._producer)
+        place, kept = loaded.chunk.place, loaded.kept
+        self._order = kept[_order(len(kept), (self.seed, place.epoch, place.chunk))] if self.shuffle else kept
+        self._loaded = loaded
+        return loaded
+
+    def _awaited(self) -> Loaded | None:
+        """Return what the thread makes, starting it, or starting it again where it was stopped; raises its error."""
+        while True:
+            ahead = self._ahead = self._ahead or _Ahead(self._producer)
+            ahead.join()
+            self._ahead = None
+            if ahead.error is None:
+                return ahead.loaded
+            if not isinstance(ahead.error, Stopped):
+                raise ahead.error
+
+    def _halt(self) -> None:
+        """Stop the thread; a chunk that it has finished is kept, one that it has begun will be begun again."""
+        if self._ahead is not None:
+            self._ahead.halt()
+
+
+class _Made:
+    """Batches made of other batches, with their position."""
+
+    def __init__(self, batches: Feed, make: Callable[[Mapping[str, Tensor]], Any]) -> None:
+        self._batches, self._make = batches, make
+
+    def state(self) -> dict[str, Any]:
+        return self._batches.state()
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._batches.restore(state)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._batches:
+            if not isinstance(batch, Mapping):
+                raise ValueError("these batches are of one hook point; ask for several: batches(n, [hook, hook])")
+            yield self._make(batch)
+
+
+def paired(batches: Feed, x: str, y: str) -> Feed:
+    """Return batches of several hook points as pairs for a transcoder: what it reads, [tok, d], and what it predicts.
+
+    Of a stream or a store. Raises, when a batch is read, HookPointError for a hook point that they do not have.
+    """
+    return _Made(batches, lambda batch: (_of(batch, x), _of(batch, y)))
+
+
+def stacked(batches: Feed, names: Sequence[str] | None = None) -> Feed:
+    """Return batches of several hook points of one width as those of a crosscoder, [tok, n_sites, d].
+
+    Sites are in the order of `names`, that of the batches unless given. Of a stream or a store. Raises, when a batch is
+    read, HookPointError for a hook point that they do not have and ValueError for different widths.
+    """
+
+    def make(batch: Mapping[str, Tensor]) -> Tensor:
+        chosen = {name: _of(batch, name) for name in (batch if names is None else names)}
+        widths = {name: rows.shape[1] for name, rows in chosen.items()}
+        if len(set(widths.values())) > 1:
+            raise ValueError(f"sites of a crosscoder are equally wide; these are {widths}")
+        return torch.stack(list(chosen.values()), 1)
+
+    return _Made(batches, make)
+
+
+def _of(batch: Mapping[str, Tensor], hook: str) -> Tensor:
+    name = hook if hook in batch else canonical_name(hook) or hook
+    if name not in batch:
+        raise unknown_hook("a batch", hook, batch)
+    return batch[name]
+
+
+def _order(n: int, key: tuple[int, ...]) -> Int[Tensor, " n"]:
+    if not n:
+        return torch.zeros(0, dtype=torch.long)
+    return torch.from_numpy(permute(np.arange(n, dtype=np.uint64), n, key).astype(np.int64))
+
+
+def _bar(done: int) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(initial=done, desc="stream", unit="tok", unit_scale=True)
+
+
+class _Ahead(threading.Thread):
+    """A thread that loads one chunk."""
+
+    def __init__(self, producer: Producer):
+        super().__init__(name="interp-stream", daemon=True)
+        self._producer, self._halted = producer, threading.Event()
+        self.loaded: Loaded | None = None
+        self.error: BaseException | None = None
+        _running.add(self)
+        self.start()
+
+    def run(self) -> None:
+        torch.get_num_threads()  # a new thread takes over the number that was set only when it is first asked
+        try:
+            self.loaded = self._producer.load(self._halted.is_set)
+        except BaseException as error:  # the consumer raises it
+            self.error = error
+
+    def halt(self) -> None:
+        """Have the thread stop at its next batch, and wait for that; not for ever, should its text hang."""
+        self._halted.set()
+        self.join(PATIENCE)
+
+
+_running: "weakref.WeakSet[_Ahead]" = weakref.WeakSet()
+
+
+@atexit.register
+def _stop_all() -> None:
+    """End threads before the interpreter does: torch must not run on while it goes down."""
+    for thread in list(_running):
+        if thread.is_alive():
+            thread.halt()
