@@ -5,7 +5,7 @@ import hashlib
 import json
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -21,9 +21,8 @@ from interp.model.sources import read_source
 from interp.store.chunks import Loaded, Place, Producer, Stopped, apart, can_copy, read_already
 from interp.store.job import Job, describe, differences
 from interp.store.shuffle import permute
-from sae.data import Feed
 
-__all__ = ["ActivationStream", "StreamBatches", "paired", "stacked", "stream_acts"]
+__all__ = ["ActivationStream", "StreamBatches", "stream_acts"]
 
 BUFFER_ROWS = 65_536
 PATIENCE = 10.0  # seconds that a thread gets to end its batch, or to get on with a text that it waits for
@@ -54,8 +53,8 @@ def stream_acts(
     shuffled within a chunk. At most two chunks are in memory: the one that is read, and the one that is computed
     meanwhile in a thread. `buffer_mb` instead tells the memory of both together.
 
-    `prefetch`: the thread runs a copy of the model's modules that shares its weights, so that the model can be used, and
-    hooked, beside it. None: yes, but for a TransformerBridge and a dispatched or quantised model, which cannot be
+    `prefetch`: the thread runs a copy of the model's modules that shares its weights, so that the model can be used,
+    and hooked, beside it. None: yes, but for a TransformerBridge and a dispatched or quantised model, which cannot be
     copied so. A data set that computes its documents does so in the thread.
     `progress` shows the rows handed out.
 
@@ -362,57 +361,6 @@ class StreamBatches:
         """Stop the thread; a chunk that it has finished is kept, one that it has begun will be begun again."""
         if self._ahead is not None:
             self._ahead.halt()
-
-
-class _Made:
-    """Batches made of other batches, with their position."""
-
-    def __init__(self, batches: Feed, make: Callable[[Mapping[str, Tensor]], Any]) -> None:
-        self._batches, self._make = batches, make
-
-    def state(self) -> dict[str, Any]:
-        return self._batches.state()
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        self._batches.restore(state)
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in self._batches:
-            if not isinstance(batch, Mapping):
-                raise ValueError("these batches are of one hook point; ask for several: batches(n, [hook, hook])")
-            yield self._make(batch)
-
-
-def paired(batches: Feed, x: str, y: str) -> Feed:
-    """Return batches of several hook points as pairs for a transcoder: what it reads, [tok, d], and what it predicts.
-
-    Of a stream or a store. Raises, when a batch is read, HookPointError for a hook point that they do not have.
-    """
-    return _Made(batches, lambda batch: (_of(batch, x), _of(batch, y)))
-
-
-def stacked(batches: Feed, names: Sequence[str] | None = None) -> Feed:
-    """Return batches of several hook points of one width as those of a crosscoder, [tok, n_sites, d].
-
-    Sites are in the order of `names`, that of the batches unless given. Of a stream or a store. Raises, when a batch is
-    read, HookPointError for a hook point that they do not have and ValueError for different widths.
-    """
-
-    def make(batch: Mapping[str, Tensor]) -> Tensor:
-        chosen = {name: _of(batch, name) for name in (batch if names is None else names)}
-        widths = {name: rows.shape[1] for name, rows in chosen.items()}
-        if len(set(widths.values())) > 1:
-            raise ValueError(f"sites of a crosscoder are equally wide; these are {widths}")
-        return torch.stack(list(chosen.values()), 1)
-
-    return _Made(batches, make)
-
-
-def _of(batch: Mapping[str, Tensor], hook: str) -> Tensor:
-    name = hook if hook in batch else canonical_name(hook) or hook
-    if name not in batch:
-        raise unknown_hook("a batch", hook, batch)
-    return batch[name]
 
 
 def _order(n: int, key: tuple[int, ...]) -> Int[Tensor, " n"]:
