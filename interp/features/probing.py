@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
+from itertools import product
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -241,7 +243,7 @@ def sparse_probing(
     return SparseProbing(hook=name, probes=tuple(probes))
 
 
-Pick = Callable[[np.ndarray, np.ndarray, np.random.Generator], Tensor]  # training rows, their labels -> columns
+Pick = Callable[[np.ndarray, np.ndarray, int], Tensor]  # training rows, their labels, number of the draw -> columns
 
 
 @dataclass(frozen=True)
@@ -259,10 +261,10 @@ class _Trial:
         """Return the mean held-out AUROC of probes on the columns that `pick` chooses, and which rows were right."""
         rng = np.random.default_rng(self.seed)
         areas, right = [], np.zeros(len(self.labels), dtype=bool)
-        for train, test in self.folds * draws:
+        for draw, (train, test) in product(range(draws), self.folds):
             y = self.labels[train]
             y = permute_labels(y, self.number[train], rng) if shuffle else y
-            columns = pick(train, y, rng)
+            columns = pick(train, y, draw)
             weight, bias = logistic(columns[train], y, self.C)
             decision = columns[test].double() @ weight + bias
             areas.append(auroc(decision, self.labels[test]))
@@ -280,18 +282,23 @@ class _Trial:
 
 
 def _score(trial: _Trial, rows: Tensor, dense: Tensor | None, k: int) -> ProbeScore:
-    def best(train: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> Tensor:
+    def best(train: np.ndarray, y: np.ndarray, draw: int) -> Tensor:
         return rows[:, choose_latents(rows[train], y, k)]
 
-    def drawn(train: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> Tensor:
+    def drawn(train: np.ndarray, y: np.ndarray, draw: int) -> Tensor:
         seen = rows[train]
         varying = np.flatnonzero((seen.amax(0) > seen.amin(0)).numpy())
+        rng = np.random.default_rng([trial.seed, draw])
         return rows[:, rng.choice(varying, min(k, len(varying)), replace=False)]
 
-    def directions(train: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> Tensor:
+    @lru_cache(maxsize=1)  # the folds of a draw share it
+    def along(draw: int) -> Tensor:
         assert dense is not None
-        along = dense.float() @ placebo_directions(dense.shape[1], rows.shape[1], int(rng.integers(2**31))).T
-        return along[:, choose_latents(along[train], y, k)]
+        seed = trial.seed * trial.n_null + draw
+        return dense.float() @ placebo_directions(dense.shape[1], rows.shape[1], seed).T
+
+    def directions(train: np.ndarray, y: np.ndarray, draw: int) -> Tensor:
+        return along(draw)[:, choose_latents(along(draw)[train], y, k)]
 
     return ProbeScore(
         k=k,
@@ -303,7 +310,7 @@ def _score(trial: _Trial, rows: Tensor, dense: Tensor | None, k: int) -> ProbeSc
 
 
 def _dense_score(trial: _Trial, dense: Tensor) -> ProbeScore:
-    figures = trial.figures(lambda train, y, rng: dense)
+    figures = trial.figures(lambda train, y, draw: dense)
     return ProbeScore(k=None, **figures, random_latents=None, random_directions=None, latents=())
 
 

@@ -40,7 +40,7 @@ class SpliceLoss:
     ce_spliced: float
     ce_mean: float  # the stream replaced by its mean over the text's real tokens
     ce_zero: float  # the stream replaced by zero
-    recovered: float  # against mean ablation, the stricter one
+    recovered: float  # against mean ablation
     recovered_zero: float
     kl_spliced: float
     kl_mean: float  # the nulls of kl_spliced
@@ -114,17 +114,22 @@ class SpliceTally:
     """Sums of losses over predicted tokens, clean and with the stream replaced; float64, so that cuts do not matter.
 
     `mean` is the stream's mean over the whole text (stream_moments): tallies of parts of a text share it and merge.
-    A batch runs four times; of its logits two sets are held at once, each of at most some 2^26 values.
+    A batch runs four times, five with a `null`: another SAE, of random directions say, measured beside the first. Of
+    the logits two sets are held at once, each of at most some 2^26 values.
     Raises SpliceError for an SAE that does not fit the hook point, or a model that does not predict next tokens.
     """
 
-    def __init__(self, model: "Model", sae: SAE, hook: str, mean: Float[Tensor, "d"]) -> None:
-        self.model, self.sae, self.hook, self.mean = model, sae, model.hook_point(hook).name, mean
-        _check_fit(model, sae, self.hook)
+    def __init__(
+        self, model: "Model", sae: SAE, hook: str, mean: Float[Tensor, "d"], *, null: SAE | None = None
+    ) -> None:
+        self.model, self.hook, self.mean = model, model.hook_point(hook).name, mean
+        self.saes = [sae] if null is None else [sae, null]
+        for one in self.saes:
+            _check_fit(model, one, self.hook)
         _need_causal(model)
         self.n_tokens = 0
-        self._ce = torch.zeros(4, dtype=torch.float64)  # clean, spliced, mean, zero
-        self._kl = torch.zeros(4, dtype=torch.float64)
+        self._ce = torch.zeros(3 + len(self.saes), dtype=torch.float64)  # clean, mean, zero, each SAE
+        self._kl = torch.zeros(3 + len(self.saes), dtype=torch.float64)
 
     def add(self, ids: Int[Tensor, "n t"], mask: Bool[Tensor, "n t"]) -> "SpliceTally":
         """Take in the next tokens of padded rows, specials and pads neither predicted nor replaced; returns self."""
@@ -135,7 +140,8 @@ class SpliceTally:
 
     def merge(self, other: "SpliceTally") -> "SpliceTally":
         """Take in what another tally has seen; returns self. Raises SpliceError for another hook point or mean."""
-        if other.hook != self.hook or not torch.equal(other.mean, self.mean):
+        alike = other.hook == self.hook and len(other.saes) == len(self.saes)
+        if not alike or not torch.equal(other.mean, self.mean):
             raise SpliceError(f"tallies at {self.hook} and {other.hook} do not merge unless hook and mean agree")
         self.n_tokens += other.n_tokens
         self._ce, self._kl = self._ce + other._ce, self._kl + other._kl
@@ -143,10 +149,20 @@ class SpliceTally:
 
     def value(self) -> SpliceLoss:
         """Return the losses. Raises SpliceError for no token, or where ablation costs nothing: no share exists then."""
+        return self._value(3)
+
+    def null_value(self) -> SpliceLoss:
+        """Return the losses of the null. Raises SpliceError as `value` does, or where none was given."""
+        if len(self.saes) == 1:
+            raise SpliceError("no null was given to this tally")
+        return self._value(4)
+
+    def _value(self, which: int) -> SpliceLoss:
         if not self.n_tokens:
             raise SpliceError("there is no next token to predict; give rows of two tokens or more")
-        clean, spliced, by_mean, by_zero = (self._ce / self.n_tokens).tolist()
-        _, kl_spliced, kl_mean, kl_zero = (self._kl / self.n_tokens).tolist()
+        chosen = [0, which, 1, 2]
+        clean, spliced, by_mean, by_zero = (self._ce[chosen] / self.n_tokens).tolist()
+        _, kl_spliced, kl_mean, kl_zero = (self._kl[chosen] / self.n_tokens).tolist()
         for what, ablated in (("mean", by_mean), ("zero", by_zero)):
             if not ablated > clean:
                 raise SpliceError(
@@ -176,11 +192,11 @@ class SpliceTally:
             return
         targets = ids[:, 1:][wanted]
         clean = _logits(self.model, ids, mask, wanted)
-        contexts = (
-            splice(self.model, self.sae, self.hook),
+        contexts = [
             _constant(self.model, self.hook, self.mean),
             _constant(self.model, self.hook, torch.zeros_like(self.mean)),
-        )
+            *(splice(self.model, sae, self.hook) for sae in self.saes),
+        ]
         self._note(0, targets, clean, clean)
         for number, context in enumerate(contexts, 1):
             with context:
@@ -209,10 +225,10 @@ def ce_recovered(
     """Return the shares of cross entropy and KL that the SAE recovers at `hook`, with clean, spliced, ablated losses.
 
     The text is ids and mask, or a list of batches: pairs (ids, mask) or TokenBatches. Losses in nats over the real
-    next tokens of every row (specials and pads are neither predicted nor replaced). Mean ablation, by the mean over
-    the whole text, is the main measure; zero ablation, which flatters, stands beside it. How the text is cut does not
-    matter. Raises SpliceError where the ablated loss is not above the clean one, where there is no token to predict,
-    or for a model that does not predict next tokens.
+    next tokens of every row (specials and pads are neither predicted nor replaced). Ablation by the mean over the
+    whole text and by zero stand side by side: which of them flatters depends on the model. How the text is cut does
+    not matter. Raises SpliceError where the ablated loss is not above the clean one, where there is no token to
+    predict, or for a model that does not predict next tokens.
     """
     if batch_size < 1:
         raise SpliceError(f"batch_size is {batch_size}; it must be at least 1")
