@@ -79,7 +79,8 @@ class Evaluation:
         A bin holds its lower edge, the last one both. Latents that never fired are in none.
         """
         fired = self.density[self.density > 0]
-        at = torch.bucketize(fired, 10**EDGES, right=True).clamp(1, len(EDGES) - 1) - 1
+        # densities such as 1/10 lie on edges: what rounding leaves below one still counts as on it
+        at = ((fired.log10() - EDGES[0]) * 4 + 1e-9).floor().long().clamp(0, len(EDGES) - 2)
         return EDGES.clone(), torch.bincount(at, minlength=len(EDGES) - 1)
 
     def __str__(self) -> str:

@@ -43,6 +43,14 @@ def test_the_truth_scores_one_and_directions_at_random_do_not():
     assert found.null.evaluation.l0 == pytest.approx(found.evaluation.l0, rel=0.05)
 
 
+def test_the_untrained_sae_knows_the_mean_and_nothing_else():
+    far = planted(d_in=16, n_features=12, active=2, offset=5, seed=4)
+    null = score_against_truth(knowing(far, list(range(12))), far, tokens=3000, seed=1).null
+    assert null is not None and 0 < null.evaluation.fve < 0.7 and null.evaluation.nmse < 0.1
+    again = score_against_truth(knowing(far, list(range(12))), far, tokens=3000, seed=2).null
+    assert again is not None and not torch.equal(again.cosine, null.cosine)  # its directions follow the seed
+
+
 def test_copies_and_dead_latents_lower_what_their_definitions_say():
     world = clear_world()
     found = score_against_truth(knowing(world, [*range(11), 0, 0, -1]), world, tokens=4000, seed=1)
