@@ -294,7 +294,7 @@ class SAE(nn.Module):
         x = x.to(self.enc.dtype)
         if self.config.input_norm == "layer_norm":
             mean, deviation = _row_moments(x)
-            x = (x - mean) / deviation
+            x = (x - mean) / (deviation + 1e-5)
         return x if self.inward is None else self.inward.into(x)
 
     def _pre(self, z: Tensor) -> Tensor:
@@ -319,7 +319,8 @@ _BASE = ("enc_bias", "cut")
 
 
 def _row_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x.mean(-1, keepdim=True), x.std(-1, keepdim=True) + 1e-5
+    # the small number that keeps a constant row finite goes into the input alone, as in OpenAI's and SAELens's code
+    return x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
 
 
 def _greater(pre: Tensor, low: float) -> np.ndarray:
