@@ -16,7 +16,7 @@ from interp.acts.direction import as_rows
 from interp.concepts.probes import logistic
 from interp.features.examples import token_strings
 from interp.features.probing import choose_latents
-from interp.features.splice import need_autoencoder
+from interp.features.splice import check_fit
 from interp.model.tokens import encode, need_tokenizer
 from sae.archs.base import SAE
 
@@ -251,7 +251,7 @@ def first_letter_absorption(
     side of the split. Options go to `absorption`, which raises AbsorptionError where the model does not hold letters.
     Raises SpliceError for a transcoder, MissingError without a tokenizer.
     """
-    need_autoencoder(sae)
+    check_fit(model, sae, hook)
     ids, names = vocabulary_words(model.tokenizer) if words is None else (list(words[0]), list(words[1]))
     rng = np.random.default_rng(seed)
     chosen = np.sort(rng.permutation(len(ids))[:max_words])

@@ -14,7 +14,7 @@ from interp.acts.capture import capture_packed
 from interp.data.generator import Labelled
 from interp.features import absorption as absorbing
 from interp.features import probing as probes
-from interp.features.splice import SpliceLoss, SpliceTally, need_autoencoder
+from interp.features.splice import SpliceLoss, SpliceTally, check_fit
 from interp.model.sources import read_source
 from interp.model.tokens import TokenBatch, need_tokenizer, pack
 from sae.archs import build
@@ -152,7 +152,7 @@ def evaluate_on_model(
     or a file; ValueError for a source without text.
     """
     name = _hook(model, sae, hook)
-    need_autoencoder(sae)
+    check_fit(model, sae, name)
     batches = _windows(model, dataset, tokens, ctx, packing, batch_size)
     measured, moments = _tensor(model, sae, name, batches)
     mean = moments.value().mean

@@ -68,7 +68,7 @@ def splice(model: "Model", sae: SAE, hook: str, *, error: bool = False, edit: Ed
     writes. Raises HookPointError, and SpliceError for an SAE of another width, or one that writes something else than
     it reads (a transcoder).
     """
-    _check_fit(model, sae, hook)
+    check_fit(model, sae, hook)
 
     def through(rows: Tensor) -> Tensor:
         latents = sae.encode(rows)
@@ -125,7 +125,7 @@ class SpliceTally:
         self.model, self.hook, self.mean = model, model.hook_point(hook).name, mean
         self.saes = [sae] if null is None else [sae, null]
         for one in self.saes:
-            _check_fit(model, one, self.hook)
+            check_fit(model, one, self.hook)
         _need_causal(model)
         self.n_tokens = 0
         self._ce = torch.zeros(3 + len(self.saes), dtype=torch.float64)  # clean, mean, zero, each SAE
@@ -233,7 +233,7 @@ def ce_recovered(
     if batch_size < 1:
         raise SpliceError(f"batch_size is {batch_size}; it must be at least 1")
     name = model.hook_point(hook).name
-    _check_fit(model, sae, name)
+    check_fit(model, sae, name)
     batches = [
         pair
         for whole_ids, whole_mask in _batches(ids, mask)
@@ -268,15 +268,11 @@ def _wanted(model: "Model", ids: Tensor, mask: Tensor) -> Bool[Tensor, "n t1"]:
     return mask[:, :-1] & mask[:, 1:] & ~special_mask(ids, model.special_ids)[:, 1:]
 
 
-def _check_fit(model: "Model", sae: SAE, hook: str) -> None:
+def check_fit(model: "Model", sae: SAE, hook: str) -> None:
+    """Raise SpliceError for an SAE of another width than the hook point, or one that writes what it does not read."""
     point = model.hook_point(hook)
     if sae.d_in != point.d:
         raise SpliceError(f"the SAE reads width {sae.d_in}, but {point.name} of {model.name} has width {point.d}")
-    need_autoencoder(sae)
-
-
-def need_autoencoder(sae: SAE) -> None:
-    """Raise SpliceError for an SAE that writes something else than it reads."""
     width = sae.W_dec.shape[1]
     if width != sae.d_in or sae.config.transcoder:
         raise SpliceError(
