@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import sae_peers
 import timing
 
-LONG = 100_000  # steps that schedules are made for
+LONG = 3_000  # steps that schedules are made for
 MEMORY_STEPS = 2
 
 
@@ -129,6 +129,8 @@ def main() -> None:
         "memory_mb": max(meter.memory),
         "versions": sae_peers.versions(args.peer),
     }
+    if job.last is not None:
+        result |= {"l0": job.last.l0, "dead": job.last.dead}
     print(json.dumps(result))
 
 

@@ -55,6 +55,8 @@ class Job:
     """Begin as if the warm-ups of threshold and penalty were over: for timing a step in the middle of training."""
     deaden: Callable[[int], None] | None = field(default=None, repr=False)
     """Set by the trainer: makes the first n latents dead, in the weights and in the trainer's own books."""
+    last: Any = field(default=None, repr=False)
+    """interp: its newest Step, since its steps get cheaper as fewer latents are active."""
 
     @property
     def levels(self) -> list[int]:
@@ -272,12 +274,10 @@ def _interp(job: Job, source: Iterator[Tensor]) -> dict[str, Any]:
 
     levels = job.levels if job.arch == "matryoshka" else []
     sae = package.build(job.arch, d_in=job.d_in, d_sae=job.d_sae, k=job.k, levels=levels, seed=job.seed)
-    # while timing, what has not fired in five batches is dead; every latent that can fire does in that time
-    dead_after = 5 * job.batch if job.late else None
-    init_tokens = job.batch if job.late else min(65_536, job.steps * job.batch)
-    config = TrainConfig(
-        steps=job.steps, batch_size=job.batch, lr=job.lr, dead_after=dead_after, init_tokens=init_tokens, seed=job.seed
-    )
+    more: dict[str, Any] = {"init_tokens": min(65_536, job.steps * job.batch)}
+    if job.late:  # full learning rate; dead is what has not fired in five batches, and all that can fire do
+        more = {"init_tokens": job.batch, "dead_after": 5 * job.batch, "warmup": 0.0, "decay": 0.0}
+    config = TrainConfig(steps=job.steps, batch_size=job.batch, lr=job.lr, seed=job.seed, **more)
 
     @torch.no_grad()
     def deaden(n: int) -> None:
@@ -285,8 +285,8 @@ def _interp(job: Job, source: Iterator[Tensor]) -> dict[str, Any]:
 
     job.deaden = deaden
     with contextlib.suppress(Enough):
-        for _ in package.train(sae, source, config):
-            pass
+        for step in package.train(sae, source, config):
+            job.last = step
     result = {"W_enc": sae.W_enc, "W_dec": sae.W_dec, "b_enc": sae.b_enc, "b_dec": sae.b_dec}
     kind = job.arch if job.arch in ("gated", "topk") else "threshold"
     result |= {"kind": kind, "centred": sae.config.centred, "threshold": sae.threshold}
