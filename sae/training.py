@@ -28,7 +28,8 @@ Rows = Tensor | tuple[Tensor, Tensor]
 """A batch: activations [tok, d_in] or [tok, n_sites, d], or for a transcoder those and what to predict [tok, d_out]."""
 
 REFRESH = 20  # steps between two looks at which latents are dead, where looking makes the host wait
-RATE = 0.03  # of the controller that steers a penalty's coefficient: its logarithm's change a step, at most
+RATE = 0.02  # of the controller that steers a penalty's coefficient: its logarithm's change a step, at most
+START_L0, SETTLED = 8.0, 0.7  # L0 that it asks for at first, in k; share of the run after which it asks for k
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,7 +315,13 @@ class Trainer:
         return self.pressure * min(1.0, (self.step + 1) / max(1, round(self.cfg.warmup * self.cfg.steps)))
 
     def _steer(self, active: Tensor) -> None:
-        """Raise the penalty's coefficient while more than k latents are active, and lower it while fewer are."""
+        """Raise the penalty's coefficient while more latents are active than wanted, and lower it while fewer are.
+
+        What is wanted falls from START_L0 k to k: a dictionary that is not learned yet needs more latents, and forced
+        to k it would learn to be silent instead.
+        """
         if self.sae.pressured and self.cfg.sparsity is None:
-            gap = (active / (self.sae.config.k or 1)).clamp_min(1e-3).log().clamp(-1, 1)
+            left = max(0.0, 1 - self.step / (SETTLED * self.cfg.steps))
+            wanted = (self.sae.config.k or 1) * START_L0**left
+            gap = (active / wanted).clamp_min(1e-3).log().clamp(-1, 1)
             self.pressure = self.pressure * (RATE * gap).exp()

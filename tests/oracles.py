@@ -14,16 +14,27 @@ def batch_top_k(pre: np.ndarray, n: int) -> np.ndarray:
     return mask
 
 
-def sae_forward(x, W_enc, b_enc, W_dec, b_dec, threshold) -> tuple[np.ndarray, np.ndarray]:
-    """Return reconstruction and latents of a jump-relu SAE, token by token, in float64."""
+def sae_forward(
+    x, W_enc, b_enc, W_dec, b_dec, threshold, *, k=None, r_mag=None, b_mag=None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return reconstruction and latents of an SAE, token by token, in float64.
+
+    With k of a top-k one, with r_mag and b_mag of a gated one, else of a jump-relu one.
+    """
     x, W_enc, b_enc, W_dec, b_dec, threshold = (
         np.asarray(a, float) for a in (x, W_enc, b_enc, W_dec, b_dec, threshold)
     )
     latents = np.zeros((len(x), W_enc.shape[1]))
     for token, row in enumerate(x):
-        for latent in range(W_enc.shape[1]):
-            pre = (row - b_dec) @ W_enc[:, latent] + b_enc[latent]
-            latents[token, latent] = pre if pre > threshold[latent] and pre > 0 else 0.0
+        pre = np.array([(row - b_dec) @ column for column in W_enc.T])
+        for latent, value in enumerate(pre + b_enc):
+            latents[token, latent] = value if value > threshold[latent] and value > 0 else 0.0
+            if r_mag is not None:
+                size = np.exp(float(r_mag[latent])) * pre[latent] + float(b_mag[latent])
+                latents[token, latent] = max(size, 0.0) if value > 0 else 0.0
+        if k is not None:
+            for latent in np.argsort(-latents[token], kind="stable")[k:]:
+                latents[token, latent] = 0.0
     return np.stack([sum(f * w for f, w in zip(code, W_dec, strict=True)) + b_dec for code in latents]), latents
 
 

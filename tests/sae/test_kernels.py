@@ -6,7 +6,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae.kernels import active_from, decode_active, dense_forward, encode_active, largest
+from sae.archs import build
+from sae.kernels import (
+    active_from,
+    by_level,
+    decode_active,
+    dense_forward,
+    encode_active,
+    largest,
+    largest_in_rows,
+)
 
 B, D, M, K = 48, 12, 40, 4
 
@@ -40,8 +49,8 @@ def test_sparse_values_and_gradients_equal_autograd_through_dense_products(loss)
     for sparse in (True, False):
         enc, enc_bias, dec_bias, dec = (w.clone().requires_grad_() for w in weights(2))
         if sparse:
-            values, active = encode_active(x, enc, enc_bias, dec_bias, select)
-            recon = decode_active(values, active, dec) + dec_bias
+            raw, active = encode_active(x, enc, enc_bias, dec_bias, select)
+            recon = decode_active(torch.relu(raw), active, dec) + dec_bias
         else:
             recon = dense_forward(x, enc, enc_bias, dec, dec_bias, select)
         error = (recon - x).square() if loss == "square" else (recon - x).abs() ** 3
@@ -53,11 +62,52 @@ def test_sparse_values_and_gradients_equal_autograd_through_dense_products(loss)
 
 
 def test_selected_entries_that_are_not_positive_carry_neither_value_nor_gradient():
-    enc, enc_bias, dec_bias, dec = (w.clone().requires_grad_() for w in weights(3))
-    x = torch.randn(B, D, dtype=torch.float64)
-    values, active = encode_active(x, enc, enc_bias - 100, dec_bias, lambda pre: torch.arange(0, pre.numel(), 7))
-    decode_active(values, active, dec).sum().backward()
-    assert float(values.detach().abs().max()) == 0 and float(enc.grad.abs().max()) == 0
+    x = build("batchtopk", d_in=D, d_sae=M, k=K)
+    with torch.no_grad():
+        x.enc_bias.sub_(100)
+    rows = torch.randn(B, D, generator=torch.Generator().manual_seed(1))
+    raw, active = encode_active(rows, x.enc, x.enc_bias, x.dec_bias, lambda pre: torch.arange(0, pre.numel(), 7))
+    assert active is not None and float(raw.detach().max()) < 0
+    values = x.values(raw, lambda parameter: parameter[active.cols])
+    decode_active(values, active, x.dec).sum().backward()
+    assert float(values.detach().abs().max()) == 0 and float(x.enc.grad.abs().max()) == 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**30), k=st.integers(1, 20), width=st.sampled_from([40, 512, 1024]), coarse=st.booleans())
+def test_selection_by_groups_keeps_what_a_top_k_of_each_row_keeps(seed, k, width, coarse):
+    pre = torch.randn(6, width, generator=torch.Generator().manual_seed(seed))
+    if coarse:  # many ties
+        pre = pre.round()
+    kept = largest_in_rows(pre, k)
+    assert len(kept) == 6 * k and bool((kept.diff() > 0).all())
+    assert (kept // width).tolist() == [row for row in range(6) for _ in range(k)]
+    wanted = pre.topk(k, dim=1).values.sort(dim=1).values
+    assert torch.equal(pre.flatten()[kept].view(6, k).sort(dim=1).values, wanted)
+
+
+def test_rows_of_equal_numbers_have_a_top_k_too():
+    assert len(largest_in_rows(torch.zeros(4, 1024), 16)) == 64
+
+
+@pytest.mark.parametrize("levels", [(40,), (5, 40), (1, 2, 20, 39, 40)])
+def test_nested_prefixes_by_one_sparse_product_are_products_of_the_prefixes(levels):
+    enc, enc_bias, dec_bias, dec = (w.clone().requires_grad_() for w in weights(4))
+    x = torch.randn(B, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    grads = []
+    weight = torch.randn(B, len(levels), D, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    for sparse in (True, False):
+        raw, active = encode_active(x, enc, enc_bias, dec_bias, lambda pre: largest(pre, B * K))
+        assert active is not None
+        if sparse:
+            parts = decode_active(raw, by_level(active, levels), dec).view(B, len(levels), D).cumsum(1)
+        else:
+            dense = torch.zeros(B * M, dtype=torch.float64).index_put((active.flat,), raw).view(B, M)
+            parts = torch.stack([dense[:, :level] @ dec[:level] for level in levels], 1)
+        grads.append([parts.detach(), *torch.autograd.grad((parts * weight).sum(), [enc, enc_bias, dec_bias, dec])])
+    for ours, reference in zip(*grads, strict=True):
+        assert float(reference.abs().max()) > 0.1
+        torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-10)
 
 
 def test_tokens_and_latents_without_a_single_active_entry_are_zero():

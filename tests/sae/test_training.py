@@ -99,7 +99,7 @@ def test_the_bias_starts_at_the_mean_and_the_first_step_reports_the_whole_varian
 def test_configs_and_steps_are_frozen_and_resolve_leaves_nothing_open(world):
     cfg = TrainConfig(steps=1000, batch_size=2048)
     resolved = cfg.resolve(192, 4096)
-    assert cfg.lr is None and None not in dataclasses.asdict(resolved).values()
+    assert cfg.lr is None and None not in (resolved.lr, resolved.aux_k, resolved.dead_after)
     assert resolved.aux_k == 96 and resolved.dead_after == 102_400
     assert TrainConfig(steps=10**6).resolve(64, 1024).dead_after == 10_000_000
     step = next(train(fresh(), world.batches(128, seed=3), CFG))
