@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sae.kernels import Active, above, active_from, decode_active
 
-__all__ = ["PRESETS", "Batches", "Planted", "best_matches", "mcc", "mmcs", "planted"]
+__all__ = ["PRESETS", "Batches", "Planted", "best_matches", "cosines", "matched", "mcc", "mmcs", "planted"]
 
 DENSE = 2**27  # entries of a table tokens x features: 512 MiB. Above it, nothing of that shape is made
 PIECE = 2**22  # entries that are drawn at a time
@@ -231,12 +231,23 @@ def mcc(directions: Float[Tensor, "n d_in"], features: Float[Tensor, "n_features
 
     Where there are fewer directions than features, the features left over count 0.
     """
+    return matched(cosines(directions, features))
+
+
+def cosines(
+    directions: Float[Tensor, "n d_in"], features: Float[Tensor, "n_features d_in"]
+) -> Float[Tensor, "n n_features"]:
+    """Return |cosine| of every direction with every feature (float64, CPU)."""
+    return (_unit_rows(directions) @ _unit_rows(features).t()).abs()
+
+
+def matched(table: Float[Tensor, "n n_features"]) -> float:
+    """Return the mean over the features of their |cosine| in the best one-to-one matching, 0 for those left over."""
     from scipy.optimize import linear_sum_assignment
 
-    left, right = _unit_rows(directions), _unit_rows(features)
-    cosines = (left @ right.t()).abs().numpy()
-    rows, cols = linear_sum_assignment(cosines, maximize=True)
-    return float(cosines[rows, cols].sum() / len(features))
+    found = table.numpy()
+    rows, cols = linear_sum_assignment(found, maximize=True)
+    return float(found[rows, cols].sum() / found.shape[1])
 
 
 def best_matches(

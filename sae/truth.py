@@ -14,7 +14,7 @@ from sae.archs.base import SAE
 from sae.evaluation import DEFINITIONS, PART, Evaluation, Tally
 from sae.kernels import Active
 from sae.stats import Moments
-from sae.synthetic import Planted, best_matches, mcc, mmcs
+from sae.synthetic import Planted, cosines, matched
 
 __all__ = ["TRUTH_DEFINITIONS", "FiringCounts", "FiringTally", "TruthScores", "score_against_truth"]
 
@@ -162,8 +162,8 @@ def score_against_truth(sae: SAE, world: Planted, *, tokens: int = 65_536, seed:
 
 
 def _scores(sae: SAE, world: Planted, tokens: int, seed: int) -> TruthScores:
-    directions = sae.W_dec
-    cosine, match = best_matches(directions, world.features)
+    table = cosines(sae.W_dec, world.features)
+    cosine, match = table.max(1)
     tally = Tally(sae.d_sae, n_sites=sae.config.n_sites)
     firing = FiringTally(match.to(sae.enc.device), len(world.features))
     for i, begin in enumerate(range(0, tokens, PART)):
@@ -175,8 +175,8 @@ def _scores(sae: SAE, world: Planted, tokens: int, seed: int) -> TruthScores:
         tally.add(acts.to(x.device), sae.reconstruct_sparse(values, active, x), firing.latent - before)
     counts = firing.value()
     return TruthScores(
-        mmcs=mmcs(directions, world.features),
-        mcc=mcc(directions, world.features),
+        mmcs=float(table.amax(0).mean()),
+        mcc=matched(table),
         uniqueness=len(match.unique()) / sae.d_sae,
         precision=_mean(counts.precision),
         recall=_mean(counts.recall),

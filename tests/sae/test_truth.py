@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import sae
 from sae.archs.base import SAE
 from sae.kernels import active_from
-from sae.synthetic import Planted, mcc, planted
+from sae.synthetic import Planted, mcc, mmcs, planted
 from sae.truth import TRUTH_DEFINITIONS, FiringTally, score_against_truth
 
 
@@ -105,6 +105,7 @@ def test_training_raises_the_scores_from_those_of_the_untrained_sae(world):
         pass
     after = score_against_truth(x, world, tokens=4000, seed=5)
     assert after.mcc == mcc(x.W_dec, world.features) > before.mcc + 0.3
+    assert after.mmcs == pytest.approx(mmcs(x.W_dec, world.features), rel=1e-12)
     assert (after.f1 or 0) > (before.f1 or 0) + 0.2 and after.null is not None
     text = str(after)
     assert all(line in text for line in TRUTH_DEFINITIONS.values()) and f"{after.null.mcc:.4g}" in text
