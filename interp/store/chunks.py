@@ -67,7 +67,7 @@ class Passage:
 
     def __init__(self, job: Job, documents: Iterator[Any], limit: int, epoch: int, at: Place | None = None):
         self.job, self.limit, self.epoch = job, limit, epoch
-        self._number = 0 if at is None else at.chunk
+        self.cut = 0 if at is None else at.chunk  # chunks that lie behind
         self._base = 0 if at is None else at.document  # the number of the first document that is tokenised here
         self._ended = (-1, 0) if at is None else (at.document, at.token)  # last document so far, tokens seen of it
         self._text = Text(())
@@ -154,9 +154,9 @@ class Passage:
         self._ended = (last, count + (token if last == first else 0))
         before = self._before[first]
         self._before = {number: value for number, value in self._before.items() if number >= last}
-        self._number += 1
+        self.cut += 1
         return Place(
-            epoch=self.epoch, chunk=self._number - 1, document=first, token=token, before=before,
+            epoch=self.epoch, chunk=self.cut - 1, document=first, token=token, before=before,
             windows=digest.hexdigest(),
         )  # fmt: skip
 
@@ -301,7 +301,8 @@ class Producer:
         while going and chunk is not None and chunk.place.chunk < at.chunk:
             chunk = self.next(lambda: False)
         if chunk is None or chunk.place != at:
-            if going and chunk is not None and chunk.place.chunk > at.chunk:
+            last = self._passage.cut if chunk is None and self._passage is not None else at.chunk
+            if going and (last > at.chunk or (chunk is not None and chunk.place.chunk > at.chunk)):
                 raise read_already()
             raise another_text(f"its tokens from document {at.document:,} on differ")
         self._todo = chunk
