@@ -1,7 +1,8 @@
 """Which SAEs pass between us and the real packages, and how exactly.
 
 For each package and architecture: what we write, it loads and runs; what it trains (40 steps) and saves, we load and
-run. The figure is the largest difference in latents and reconstruction on 256 rows, float32. Environments: sae_peers.sh.
+run. The figure is the largest difference in latents and reconstruction on 256 rows, float32; environments are made by
+sae_peers.sh.
 
 python experiments/bench/sae_formats.py [--golden]: prints the table and writes sae_formats.json; with --golden the
 files that the packages made, and their own outputs, become tests/sae/golden/.
@@ -40,6 +41,11 @@ MADE = {
         "MatryoshkaBatchTopKSAE", "JumpReluAutoEncoder",
     ],
 }  # fmt: skip
+# layouts of published SAEs: SAELens's reader of them against ours, on files made for it
+PUBLISHED = [
+    "gemma_scope", "gemma_scope+embedding", "gemma_scope+transcoder", "gemma_scope_2", "gemma_scope_2+transcoder",
+    "gemma_scope_2+affine", "llama_scope", "llama_scope_r1", "qwen_scope", "goodfire", "deepseek_r1", "mwhanna",
+]  # fmt: skip
 
 
 def rows() -> torch.Tensor:
@@ -71,6 +77,15 @@ def fill(model: sae.SAE, x: torch.Tensor) -> sae.SAE:
         if model.calibrated:
             model.calibrate([x])
     return model
+
+
+def published(folder: Path) -> Path:
+    """Return what a user would name in a published repository: a file of weights, or the folder around it."""
+    kinds = (".npz", ".pt", ".pth", ".safetensors")
+    weights = next(p for p in sorted(folder.rglob("*")) if p.suffix in kinds and p.name != "peer.safetensors")
+    if weights.name == "final.safetensors":
+        return weights.parent.parent
+    return weights.parent if (weights.parent / "config.json").exists() else weights
 
 
 def exchange(peer: str, jobs: list[dict], folder: Path) -> None:
@@ -111,17 +126,19 @@ def compare(peer: str, folder: Path) -> tuple[dict, dict]:
         except ValueError as error:
             written[name] = {"refused": str(error)[:100]}
     jobs += [{"do": "make", "folder": str(folder / "theirs" / name), "name": name} for name in MADE[peer]]
+    others = PUBLISHED if peer == "saelens" else []
+    jobs += [{"do": "publish", "folder": str(folder / "theirs" / name), "name": name} for name in others]
     exchange(peer, jobs, folder)
     for job in jobs:
         if job["do"] == "load":
             written[job["name"]] = difference(models[job["name"]], Path(job["folder"]), x)
     made = {}
-    for name in MADE[peer]:
+    for name in [*MADE[peer], *others]:
         place = folder / "theirs" / name
         if (place / "peer_error.txt").exists():
             made[name] = difference(next(iter(models.values())), place, x)
             continue
-        model = sae.load_sae(place)
+        model = sae.load_sae(place if name in MADE[peer] else published(place))
         made[name] = {"arch": model.config.arch} | difference(model, place, x)
     return written, made
 
@@ -131,11 +148,11 @@ def keep_golden(peer: str, folder: Path) -> None:
     target = HERE.parents[1] / "tests" / "sae" / "golden" / peer
     shutil.rmtree(target, ignore_errors=True)
     x = load_file(folder / "x.safetensors")["x"][:8]
-    for name in MADE[peer]:
+    for name in [*MADE[peer], *(PUBLISHED if peer == "saelens" else [])]:
         place = folder / "theirs" / name
         shutil.copytree(place, target / name, ignore=shutil.ignore_patterns("inference", "peer.safetensors"))
         theirs = load_file(place / "peer.safetensors")
-        save_file({"x": x} | {key: value[:8].clone() for key, value in theirs.items()}, target / name / "expected.bin")
+        save_file({"x": x} | {key: value[:8].clone() for key, value in theirs.items()}, target / name / "expected")
 
 
 def main() -> None:

@@ -154,7 +154,7 @@ def _place(path: str | os.PathLike, inner: str | None, format: str | None, revis
 
 def _file_of(folder: Path) -> Path:
     """Return the one file of weights in a folder that has no configuration; else the path as it is."""
-    if not folder.is_dir() or any(folder.glob("*.json")):
+    if not folder.is_dir() or any(folder.glob("*.json")) or refused.detect(folder):
         return folder
     return single_file(folder) or folder
 

@@ -39,7 +39,7 @@ def load(path: str | os.PathLike, *, transcoder: bool | None = None) -> SAE:
     where = file.parent.absolute().as_posix()
     if transcoder is None:
         transcoder = "transcoder" in where
-    if "embedding" in file.parts[-3:-1] or "embedding" in file.parent.name:
+    if "embedding" in file.parts[-4:-1]:  # embedding/width_4k/average_l0_10/params.npz
         if weights["W_enc"].ndim != 2:
             raise FormatError(f"{file}: W_enc has shape {tuple(weights['W_enc'].shape)}")
         root = weights["W_enc"].shape[0] ** 0.5

@@ -76,7 +76,10 @@ def load(path: str | os.PathLike, *, scale: float | int | None = None) -> SAE:
     if kind not in _KEYS:
         raise FormatError(f"{file}: architecture is {kind!r}; known: {', '.join(_KEYS)}")
     weights_file = folder / "sae_weights.safetensors"
-    weights = _weights(load_tensors(weights_file)[0], kind, weights_file)
+    tensors, core = load_tensors(weights_file)
+    if core.get("interp") != cfg["metadata"].get("interp"):
+        raise FormatError(f"{weights_file} was saved by this project beside another cfg.json: not one save")
+    weights = _weights(tensors, kind, weights_file)
     rescaled = _flag(cfg, "rescale_acts_by_decoder_norm", False, file) and "topk" in kind
     transcoder = "transcoder" in kind
     centred = not transcoder and _flag(cfg, "apply_b_dec_to_input", True, file)
