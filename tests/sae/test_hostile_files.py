@@ -44,7 +44,7 @@ def loads_or_tells(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("source", SOURCES)
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_bytes_flipped_or_cut_off_give_an_sae_or_a_format_error(tmp_path, source, data):
     files = files_of(source)
@@ -83,7 +83,7 @@ json_values = st.recursive(
 
 
 @pytest.mark.parametrize("source", ["saelens", "sparsify", "dictionary_learning", "openmoss", "scaled"])
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_value_in_a_configuration_gives_an_sae_or_a_format_error(tmp_path, source, data):
     for path in files_of(source):
@@ -128,7 +128,8 @@ def test_a_pickle_that_calls_something_runs_nothing(tmp_path, function, protocol
     for path in (archive(tmp_path / "a.pt", data), tmp_path / "b.pt"):
         if path.name == "b.pt":
             path.write_bytes(data)
-        with pytest.raises(FormatError, match=r"which no table of tensors needs|no zip|not a sound"):
+        reason = "which no table of tensors needs" if path.name == "a.pt" else "wrote no zip"
+        with pytest.raises(FormatError, match=reason):
             load_sae(path, format="plain", arch="relu")
     assert not canary.exists()
 
