@@ -132,7 +132,7 @@ def evaluate_on_model(
     ctx: int = 128,
     packing: str = "documents",
     batch_size: int = 16,
-    probing: Sequence[str | Labelled] = (),
+    probing: Sequence[str | Labelled] | Mapping[str, Any] = (),
     absorption: bool = False,
     ks: Sequence[int] = (1, 2, 5),
     random_null: bool = True,
@@ -146,12 +146,13 @@ def evaluate_on_model(
     sae.evaluate on the captured rows, losses those of splice.ce_recovered.
     Nulls: the stream's mean; `random_null`: a dictionary of as many random directions with the same L0, its threshold
     and one scale fitted, run through the same code; of probes, shuffled labels and random directions.
-    `probing`: names of interp.data.generator.LABELLED, or Labelled. With `absorption`, a model that does not hold first
+    `probing`: names of interp.data.generator.LABELLED, Labelled, or a mapping from names to what sparse_probing takes
+    (texts, labels, groups). With `absorption`, a model that does not hold first
     letters has it left out, with the reason.
     Raises SpliceError for an SAE that does not fit, or where ablation costs nothing; MissingError without a tokenizer
     or a file; ValueError for a source without text.
     """
-    name = _hook(model, sae, hook)
+    name, concepts = _hook(model, sae, hook), _titled(probing)
     check_fit(model, sae, name)
     batches = _windows(model, dataset, tokens, ctx, packing, batch_size)
     measured, moments = _tensor(model, sae, name, batches)
@@ -163,8 +164,8 @@ def evaluate_on_model(
     loss = tally.value()
     chance = None if null is None else (_tensor(model, null, name, batches)[0], tally.null_value())
     metrics = [*_tensor_metrics(measured, moments, chance), *_loss_metrics(loss, chance)]
-    for data in probing:
-        metrics += _probe_metrics(model, sae, name, data, ks, seed)
+    for title, data in concepts:
+        metrics += _probe_metrics(model, sae, name, title, data, ks, seed)
     left_out: dict[str, str] = {}
     if absorption:
         try:
@@ -312,10 +313,17 @@ def _loss_metrics(loss: SpliceLoss, chance: tuple[Evaluation, SpliceLoss] | None
     return found
 
 
+def _titled(probing: Sequence[str | Labelled] | Mapping[str, Any]) -> list[tuple[str, Any]]:
+    if isinstance(probing, str):
+        raise ValueError(f"probing is a list of names or a mapping, not {probing!r}; give [{probing!r}]")
+    if isinstance(probing, Mapping):
+        return list(probing.items())
+    return [(data if isinstance(data, str) else data.attribute, data) for data in probing]
+
+
 def _probe_metrics(
-    model: "Model", sae: SAE, hook: str, data: str | Labelled, ks: Sequence[int], seed: int
+    model: "Model", sae: SAE, hook: str, title: str, data: Any, ks: Sequence[int], seed: int
 ) -> list[Metric]:
-    title = data if isinstance(data, str) else data.attribute
     measured = probes.sparse_probing(model, sae, hook, data, ks=ks, seed=seed)
     found = []
     for k in (*ks, None):

@@ -80,9 +80,17 @@ def test_figures_are_those_of_the_calls_that_each_belongs_to(model):
     sae = build("batchtopk", d_in=model.d_model, d_sae=400, k=16.0, seed=5)
     acts = capture_acts(model, TEXTS, [HOOK])
     sae.calibrate([acts[HOOK]])
-    data = labelled("language", n=60)
+    data = labelled("language", n=40)
     found = evaluate_on_model(
-        model, sae, HOOK, TEXTS, tokens=10_000, batch_size=5, probing=[data], ks=(2,), random_null=False
+        model,
+        sae,
+        HOOK,
+        TEXTS,
+        tokens=10_000,
+        batch_size=5,
+        probing={"language": (data.texts, data.labels, data.templates)},
+        ks=(2,),
+        random_null=False,
     )
     alone = evaluate(sae, acts[HOOK])
     for name in ("l0", "fve", "nmse", "cosine", "dead", "dense", "l2_ratio"):
@@ -219,6 +227,8 @@ def test_what_does_not_fit_is_refused(model):
     plain = build("batchtopk", d_in=d, d_sae=8, k=2.0)
     with pytest.raises(ValueError, match="give the hook point"):
         evaluate_on_model(model, plain, None, TEXTS)
+    with pytest.raises(ValueError, match=r"give \['topic'\]"):
+        evaluate_on_model(model, plain, HOOK, TEXTS, tokens=50, probing="topic")
     with pytest.raises(ValueError, match="must not be 'masked'"):
         evaluate_on_model(model, plain, HOOK, TEXTS, packing="masked")
     with pytest.raises(ValueError, match="holds no text"):
