@@ -16,9 +16,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
-
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -26,6 +23,7 @@ import sae
 from sae.archs import ARCHS
 from sae.synthetic import planted
 
+HERE = Path(__file__).resolve().parent
 D_IN, D_SAE, D_OUT, K = 16, 48, 12, 4
 
 MADE = {
@@ -155,16 +153,27 @@ def keep_golden(peer: str, folder: Path) -> None:
         save_file({"x": x} | {key: value[:8].clone() for key, value in theirs.items()}, target / name / "expected")
 
 
+def line(peer: str, title: str, name: str, cell: dict) -> str:
+    """Return one line of the printed table."""
+    if "latents" not in cell:
+        return f"{peer:20} {title:14} {name:32} {cell.get('refused') or cell['error']}"
+    note = "" if cell["same_active"] else "OTHER LATENTS ACTIVE"
+    kind = cell.get("arch", "")
+    numbers = f"{cell['latents']:9.2g} {cell['recon']:9.2g} {cell['l0']:7.2f}"
+    return f"{peer:20} {title:14} {name:32} {numbers} {kind:12} {note}"
+
+
 def main() -> None:
     torch.set_num_threads(1)
     result = {}
+    print(f"{'package':20} {'direction':14} {'architecture':32} {'latents':>9} {'recon':>9} {'L0':>7} read as")
     with tempfile.TemporaryDirectory() as temporary:
         for peer in MADE:
             written, made = compare(peer, Path(temporary) / peer)
             result[peer] = {"written by us": written, "made by it": made}
             for title, table in result[peer].items():
                 for name, cell in table.items():
-                    print(f"{peer:20} {title:14} {name:32} {cell}")
+                    print(line(peer, title, name, cell))
             if "--golden" in sys.argv:
                 keep_golden(peer, Path(temporary) / peer)
     (HERE / "sae_formats.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -1,8 +1,8 @@
 """Runs in the environment of one SAE package: loads what we wrote and tells its outputs, or makes what we are to load.
 
-python sae_formats_peer.py PEER JOBS.json: a list of {"do": "load" | "make" | "publish", "folder", "name"}. For each, the package's
-own latents and reconstruction of the rows in x.safetensors beside JOBS.json go to <folder>/peer.safetensors, and what
-went wrong instead to <folder>/peer_error.txt.
+python sae_formats_peer.py PEER JOBS.json: a list of {"do": "load" | "make" | "publish", "folder", "name"}. For each,
+the package's own latents and reconstruction of the rows in x.safetensors beside JOBS.json go to
+<folder>/peer.safetensors, and what went wrong instead to <folder>/peer_error.txt.
 """
 
 import json
@@ -11,11 +11,11 @@ import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
-sys.modules["torchvision"] = None  # built for another torch it breaks the import of transformers
-
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+
+sys.modules["torchvision"] = None  # built for another torch it breaks the import of transformers
 
 D_IN, D_SAE, D_OUT, K, STEPS = 16, 48, 12, 4, 40
 AVERAGE_NORM = 7.0  # of the activations, in files that say it

@@ -112,11 +112,11 @@ def save(sae: SAE, path: str | os.PathLike) -> None:
     if kind in ("AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
         topk = kind == "AutoEncoderTopK"
         state["k"] = torch.tensor(int(config.k or 0), dtype=torch.int)
-        state["threshold"] = torch.tensor(-1.0) if topk else held["threshold"][0].clone()
+        state["threshold"] = torch.tensor(-1.0) if topk else held["threshold"][0].float().cpu().clone()
     if kind == "MatryoshkaBatchTopKSAE":
         state["group_sizes"] = torch.tensor([b - a for a, b in zip((0, *config.levels), config.levels, strict=False)])
     for public, name in names.items():
-        value = held[public].cpu()
+        value = held[public].float().cpu()
         state[name] = (value.t() if transposed and value.ndim == 2 else value).contiguous().clone()
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)

@@ -92,10 +92,13 @@ class _Hub:
 
     def _get(self, name: str) -> Path | None:
         errors = self.errors
+        known = {"local_files_only": True} if self.offline else {}  # one vain attempt to connect is enough
         try:
-            return Path(self.hub.hf_hub_download(self.repository, name, revision=self.revision))
+            return Path(self.hub.hf_hub_download(self.repository, name, revision=self.revision, **known))
         except errors.LocalEntryNotFoundError:
-            self.offline = " (the hub was not reached, so only the local cache was looked at)"
+            self.offline = (
+                " (no such folder is here and the hub was not reached, so only its local cache was looked at)"
+            )
             return None
         except errors.EntryNotFoundError:
             return None

@@ -159,7 +159,7 @@ def write(sae: SAE, path: str | os.PathLike, own: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # cfg.json last, and its core in the weights too: a folder half overwritten is recognised as such
     core = {key: value for key, value in cfg.items() if key != "metadata"}
-    save_tensors(folder / "sae_weights.safetensors", {key: held[key] for key in keys}, core | own)
+    save_tensors(folder / "sae_weights.safetensors", {key: held[key].float() for key in keys}, core | own)
     write_json(folder / "cfg.json", cfg)
 
 

@@ -48,6 +48,7 @@ def load(path: str | os.PathLike) -> SAE:
         if weights["W_enc"].shape[:1] != weights["b_dec"].shape:
             raise FormatError(f"{weights_file}: b_dec has shape {tuple(weights['b_dec'].shape)}")
         weights = centring(weights, have=True, want=False)
+    # signed, in early versions: the k largest magnitudes, not rectified
     return assemble(
         weights_file, weights, transcoder=transcode or skip,
         arch="abstopk" if cfg.get("signed") is True else "topk", k=cfg.get("k"), metadata=_metadata(folder),
@@ -81,7 +82,7 @@ def save(sae: SAE, path: str | os.PathLike) -> None:
     }
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder / "sae.safetensors", tensors, {})
+    save_tensors(folder / "sae.safetensors", {name: value.float() for name, value in tensors.items()}, {})
     write_json(folder / "cfg.json", cfg)
 
 

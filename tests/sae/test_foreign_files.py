@@ -199,6 +199,66 @@ def test_a_file_of_openai_is_read_as_its_paper_says(tmp_path, kind):
     torch.testing.assert_close(out.recon, recon, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("weighed", [False, True])
+def test_a_transcoder_of_openmoss_is_read_as_its_trainer_runs_it(tmp_path, weighed):
+    g = torch.Generator().manual_seed(4)
+    w = {"W_E": torch.randn(6, 16, generator=g), "b_E": torch.randn(16, generator=g) * 0.1,
+         "W_D": torch.randn(16, 6, generator=g), "b_D": torch.randn(6, generator=g),
+         "activation_function.log_jumprelu_threshold": torch.randn(16, generator=g) * 0.2}  # fmt: skip
+    norms = {"blocks.1.ln2": torch.tensor(3.0), "blocks.1.mlp_out": torch.tensor(0.5)}
+    save_file(
+        w | {f"dataset_average_activation_norm.{hook}": norm for hook, norm in norms.items()},
+        tmp_path / "sae_weights.safetensors",
+    )
+    cfg = {"sae_type": "transcoder", "d_model": 6, "act_fn": "jumprelu", "norm_activation": "dataset-wise",
+           "hook_point_in": "blocks.1.ln2", "hook_point_out": "blocks.1.mlp_out",
+           "sparsity_include_decoder_norm": weighed}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(cfg))
+    x = torch.randn(40, 6, generator=g)
+    pre = x * (6**0.5 / 3.0) @ w["W_E"] + w["b_E"]
+    score = pre * w["W_D"].norm(dim=1) if weighed else pre
+    latents = pre * (score > w["activation_function.log_jumprelu_threshold"].exp())
+    recon = (latents @ w["W_D"] + w["b_D"]) / (6**0.5 / 0.5)
+    model = load_sae(tmp_path)
+    out = model(x)
+    torch.testing.assert_close(out.latents, latents, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.recon, recon, rtol=1e-5, atol=1e-5)
+    assert model.config.metadata == {"hook_name": "blocks.1.ln2", "hook_name_out": "blocks.1.mlp_out"}
+    for bad in (
+        {"use_glu_encoder": True},
+        {"norm_activation": "token-wise"},
+        {"sae_type": "clt"},
+        {"act_fn": "batchtopk"},
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(cfg | bad))
+        with pytest.raises(FormatError, match="readable"):
+            load_sae(tmp_path)
+
+
+def test_a_fine_tuned_gain_of_early_saelens_goes_into_the_decoder(tmp_path):
+    folder = edited(GOLDEN / "saelens" / "standard", tmp_path)
+    weights = load_file(folder / "sae_weights.safetensors")
+    before, gain = load_sae(folder), torch.linspace(0.5, 2, 48)
+    save_file(weights | {"scaling_factor": torch.ones(48)}, folder / "sae_weights.safetensors")
+    assert same(load_sae(folder), before, rows(width=16))
+    save_file(weights | {"scaling_factor": gain}, folder / "sae_weights.safetensors")
+    x = rows(width=16)
+    out = load_sae(folder)(x)
+    assert torch.equal(out.latents, before(x).latents)
+    wanted = (before(x).latents * gain) @ before.W_dec + before.b_dec
+    torch.testing.assert_close(out.recon, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_signed_latents_of_early_sparsify_are_kept_by_magnitude(tmp_path):
+    folder = edited(GOLDEN / "sparsify" / "topk", tmp_path, signed=True)
+    x = rows(width=16)
+    out = load_sae(folder)(x)
+    assert bool((out.latents < 0).any()) and bool(((out.latents != 0).sum(1) == 4).all())
+    pre = load_sae(folder).pre_activations(x)
+    lowest = pre.abs().topk(4, dim=1).values[:, -1:]
+    assert torch.equal(out.latents, pre * (pre.abs() >= lowest))
+
+
 def test_a_plain_table_is_read_with_what_it_does_not_say(tmp_path):
     x = a_topk()
     held = {"encoder.weight": x.W_enc.t(), "encoder.bias": x.b_enc, "decoder_weights": x.W_dec, "pre_bias": x.b_dec}

@@ -11,6 +11,7 @@ from sae.archs import ARCHS
 from sae.archs.base import SAE
 from sae.extras import MissingError
 from sae.formats import FORMATS, load_sae, save_sae
+from sae.formats.files import load_state
 from sae.io import FormatError, load_tensors, save_tensors
 
 META = {"hook_name": "blocks.2.hook_resid_post", "model_name": "tiny"}
@@ -215,6 +216,16 @@ def test_weights_that_do_not_fit_give_a_format_error(tmp_path, trained, kind):
         save_tensors(path, tensors, meta)
     with pytest.raises(FormatError, match="sae_weights"):
         load_sae(tmp_path)
+
+
+@pytest.mark.parametrize("format", ["native", "sparsify", "dictionary_learning"])
+def test_an_sae_in_half_precision_is_saved_in_full(tmp_path, format):
+    x = untrained("topk").to(torch.bfloat16)
+    save_sae(x, tmp_path, format=format)
+    back = load_sae(tmp_path)
+    assert back.W_dec.dtype == torch.float32 and torch.equal(back.W_dec, x.W_dec.float())
+    file = next(path for path in tmp_path.iterdir() if path.suffix in (".safetensors", ".pt"))
+    assert {v.dtype for v in load_state(file).values() if v.is_floating_point()} == {torch.float32}
 
 
 def test_metadata_that_could_not_be_read_back_is_not_written(tmp_path, trained):

@@ -93,13 +93,17 @@ def test_what_is_not_on_the_hub_is_missing_and_says_so(tmp_path, x, asked, monke
     assert not asked
 
 
-def test_offline_the_error_says_that_only_the_cache_was_looked_at(monkeypatch):
-    def offline(*_, **__):
+def test_offline_the_cache_alone_is_looked_at_after_one_attempt(monkeypatch):
+    attempts = []
+
+    def offline(*_, local_files_only=False, **__):
+        attempts.append(local_files_only)
         raise errors.LocalEntryNotFoundError("offline")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with pytest.raises(MissingError, match="only the local cache"):
+    with pytest.raises(MissingError, match="only its local cache"):
         load_sae("ann/saes")
+    assert attempts[0] is False and all(attempts[1:]) and len(attempts) > 3
 
 
 @pytest.mark.parametrize(
