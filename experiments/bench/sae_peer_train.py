@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    torch.optim.Adam([torch.zeros(1, requires_grad=True)])  # the first one imports half of torch: not training time
     source = Source(args.data, args.rows, args.batch, args.steps, args.seed)
     job = sae_peers.Job(
         arch=args.arch, d_in=source.rows.shape[1], d_sae=args.d_sae, k=args.k, batch=args.batch, steps=args.steps,

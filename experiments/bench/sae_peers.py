@@ -6,7 +6,6 @@ Each package runs in its own environment (sae_peers.sh) by its own loop and with
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -175,7 +174,7 @@ def _sparsify(job: Job, source: Iterator[Tensor]) -> dict[str, Any]:
     config = TrainConfig(
         SaeConfig(num_latents=job.d_sae, k=job.k),
         batch_size=1, hookpoints=["site"], init_seeds=[job.seed], log_to_wandb=False,
-        save_every=job.steps + 2, save_dir=tempfile.mkdtemp(),
+        save_every=job.steps + 2,
     )  # fmt: skip
     # two more than will be asked for: the source ends the run, before the trainer would write files
     trainer = Trainer(config, _Tokens(job.steps + 2, job.batch), _Site(job.d_in, source))
@@ -215,8 +214,8 @@ def _dictionary(job: Job, source: Iterator[Tensor]) -> dict[str, Any]:
     }  # fmt: skip
     if job.lr is not None:
         config["lr"] = job.lr
-    # Its defaults are counts of steps: 1,000 of warm-up, 1,000 without a threshold, 2,000 of growing penalty. It
-    # refuses them where the run is shorter; then they become shares of it.
+    # Its defaults are counts of steps: 1,000 of warm-up, 1,000 without a threshold, 2,000 of growing penalty. It refuses
+    # runs that are shorter than those; so they become shares of a run where that is less.
     config["warmup_steps"] = min(1000, job.steps // 20)
     penalty, threshold = (0, 0) if job.late else (min(2000, job.steps // 10), min(1000, job.steps // 2))
     if job.arch in ("topk", "batchtopk", "matryoshka"):

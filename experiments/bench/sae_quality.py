@@ -251,7 +251,7 @@ def main() -> None:
     args = parse()
     machine = timing.machine()
     runs = []
-    with tempfile.TemporaryDirectory(dir=HERE / "tmp" if (HERE / "tmp").is_dir() else None) as name:
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for seed in range(args.seeds):
             is_planted = args.data == "planted"
@@ -261,10 +261,9 @@ def main() -> None:
             if is_planted:
                 data.path.unlink()
     rows = summary(runs)
-    print(timing.table(shown(rows)))
     settings = {name: value for name, value in vars(args).items() if name != "contenders"}
     file = "sae_quality_gate" if args.gate else "sae_quality"
-    timing.report(file, rows, machine=machine, settings=settings, runs=runs)
+    timing.report(file, shown(rows), machine=machine, settings=settings, numbers=rows, runs=runs)
 
 
 if __name__ == "__main__":
