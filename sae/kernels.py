@@ -57,14 +57,15 @@ def active_from(flat: Int[Tensor, " n"], shape: tuple[int, int]) -> Active:
     return Active(flat, flat - rows * width, _starts(rows, tokens), shape)
 
 
-def by_level(active: Active, levels: Sequence[int]) -> Active:
+def by_level(active: Active, levels: Sequence[int], first: int = 0) -> Active:
     """Return the pattern with one row a token and level: the latents of a level that no level before it has.
 
-    The entries keep their order, so values that belong to `active` belong to the result.
+    The entries keep their order, so values that belong to `active` belong to the result. `first` is the number of the
+    pattern's first latent, where it holds a part of them.
     """
     tokens, width = active.shape
     ends = torch.tensor(levels[:-1], device=active.cols.device)
-    row = active.rows * len(levels) + torch.bucketize(active.cols, ends, right=True)
+    row = active.rows * len(levels) + torch.bucketize(active.cols + first, ends, right=True)
     shape = (tokens * len(levels), width)
     nested = Active(row * width + active.cols, active.cols, _starts(row, shape[0]), shape)
     nested.__dict__["by_latent"] = active.by_latent  # the same entries in the same order: sorted once

@@ -38,17 +38,29 @@ class Optimiser:
         """Apply the gradients that are there, as step number index; return the learning rate that was used."""
         assert self.dec.grad is not None and self.cfg.lr is not None
         lr = self.cfg.lr * lr_share(index, self.cfg)
-        if world.size > 1:
+        if world.token_size > 1:
             for parameter in self.parameters:
                 parameter.grad = world.total(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
         remove_parallel(self.dec.grad, self.dec)
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.cfg.clip, foreach=True)
+        if world.latent_size > 1:
+            self._clip(world)
+        else:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.cfg.clip, foreach=True)
         self.adam.param_groups[0]["lr"] = lr
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)
         with torch.no_grad():
             self.dec.div_(self.dec.norm(dim=1, keepdim=True))
         return lr
+
+    def _clip(self, world: World) -> None:
+        """Clip by the norm of the gradient of all processes: what each latent has once, what all share once."""
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        own = [p.grad.square().sum() for p in self.parameters if p.grad is not None and len(p) == len(self.dec)]
+        shared = [p.grad.square().sum() for p in self.parameters if p.grad is not None and len(p) != len(self.dec)]
+        norm = (world.latent_total(torch.stack(own).sum()) + torch.stack(shared).sum()).sqrt()
+        for grad in grads:
+            grad.mul_((self.cfg.clip / (norm + 1e-6)).clamp_max(1.0))
 
     def state(self) -> dict[str, Tensor]:
         """Return Adam's moments and step counts by name; empty before the first step."""

@@ -242,8 +242,8 @@ class _Session:
             raise ValueError("give steps or tokens, not both")
         if steps is None:
             steps = DEFAULT_STEPS if tokens is None else tokens // batch_size
-        if batch_size % world.size:
-            raise ValueError(f"batch_size is {batch_size}; {world.size} processes share it, so it must divide by that")
+        if batch_size % world.token_size:
+            raise ValueError(f"batch_size is {batch_size}; it must divide by the {world.token_size} processes")
         self.steps, self.world = steps, world
         self.out = None if out is None else Path(out)
         self.members = [
@@ -332,7 +332,7 @@ class _Session:
 
     def _part(self, rows: Rows) -> Rows:
         """Return what this process works on: its share of a batch, in order."""
-        size, rank = self.world.size, self.world.rank
+        size, rank = self.world.token_size, self.world.rank
         if size == 1:
             return rows
         if isinstance(rows, tuple):
@@ -389,14 +389,15 @@ class _Session:
         return Run(name=member.name, sae=sae, log=log, config=config, result=config["result"])
 
     def _checkpoint(self) -> None:
-        if self.out is None or not self._first:
+        if self.out is None or (not self._first and self.world.latent_size == 1):
             return
         for member in self.members:
             if not member.trainer.finite():
                 raise FloatingPointError(f"weights are no longer finite at step {member.trainer.step}; lower the lr")
         common = {"feed": self.feed.state(), "job": self._job(), "machine": self.config}
         parts = [member.trainer.state() for member in self.members]
-        checkpoint.write(self.out / CHECKPOINTS, self.members[0].trainer.step, parts, common)
+        if self._first:
+            checkpoint.write(self.out / CHECKPOINTS, self.members[0].trainer.step, parts, common)
 
     def _resume(self) -> None:
         """Go to the newest sound checkpoint, if there is one."""

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.archs.base import SAE, Batch
+from sae.archs.base import PER_LATENT, SAE, Batch
 from sae.config import TrainConfig
-from sae.dist import ALONE, World
+from sae.dist import ALONE, LatentParallel, World
 from sae.kernels import Active, by_level, decode_active, encode_active
 from sae.losses import aux_k_loss
 from sae.normalize import geometric_median, statistics
@@ -91,7 +91,7 @@ def train(
     Formulas: Gao et al. (arXiv:2406.04093), Bussmann et al. (arXiv:2412.06410).
     """
     source = iter(batches)
-    sample = take(source, -(-cfg.init_tokens // world.size))
+    sample = take(source, -(-cfg.init_tokens // world.token_size))
     loop = Trainer(sae, cfg, sample, world)
     calibration = sample if held_out is None else [held_out]
     finalizing = sys.is_finalizing  # held here: when the interpreter goes down, globals may be gone before generators
@@ -140,17 +140,17 @@ class Trainer:
             raise ValueError("training needs k, the number of active latents a token that is asked for")
         if cfg.level_weights is not None and len(cfg.level_weights) != max(1, len(sae.config.levels)):
             raise ValueError(f"level_weights {cfg.level_weights} must be one for each level of {sae.config.levels}")
+        sae.shard(world)
         pairs = [self._split(batch) for batch in sample]
         self.variance = self._enter(pairs)
-        sae.world = world
         device = sae.enc.device
         with torch.no_grad():
-            first = sae._given(pairs[0][0][:2048])
+            first = sae._given(pairs[0][0][: 2048 // world.token_size])
             sae.begin(F.linear(first - sae.dec_bias if sae.config.centred else first, sae.enc, sae.enc_bias), cfg)
         levels = max(1, len(sae.config.levels))
         weights = torch.tensor(cfg.level_weights or [1.0] * levels, dtype=torch.float32, device=device)
         self.level_weights = weights / weights.sum()
-        self.idle = torch.zeros(sae.d_sae, dtype=torch.long, device=device)  # tokens since a latent fired
+        self.idle = torch.zeros(len(sae.enc), dtype=torch.long, device=device)  # tokens since a latent fired
         self.dead = torch.zeros(0, dtype=torch.long, device=device)
         start = 0.5 / math.sqrt(sae.config.k) if cfg.sparsity is None else cfg.sparsity
         self.pressure = torch.tensor(float(start), device=device)
@@ -165,8 +165,8 @@ class Trainer:
         assert sae.inward is not None and sae.outward is not None
         z = sae.inward.into(x.to(sae.enc.dtype))
         target = z if y is x else sae.outward.into(y.to(sae.enc.dtype))
-        tokens = len(x) * world.size
-        bias = sae.dec_bias if sae.config.centred else None
+        tokens = len(x) * world.token_size
+        bias = world.spread(sae.dec_bias) if sae.config.centred else None
         raw, active = encode_active(z, sae.enc, sae.enc_bias, bias, sae.select)
         whole = (lambda p: p) if active is None else (lambda p: p[active.cols])
         values = sae.values(raw, whole)
@@ -174,25 +174,27 @@ class Trainer:
         unexplained = error.square().sum((0, 2)) / (tokens * self.variance)
         loss = (self.level_weights * unexplained).sum()
         fired = self._count(values.detach(), active, tokens)
-        if cfg.aux_weight and len(self.dead):
+        if cfg.aux_weight and self._any_dead():
             loss = loss + cfg.aux_weight * self._aux(z, error[:, -1])
         penalty = sae.penalty(
             Batch(raw=raw, values=values, active=active, target=target, n_tokens=tokens, variance=self.variance,
-                  pressure=self._pressure(), total=world.total, share=1 / world.size), cfg,
+                  pressure=self._pressure(), world=world), cfg,
         )  # fmt: skip
-        loss = loss if penalty is None else loss + penalty
+        told = world.total(loss.detach())
+        if penalty is not None:
+            loss, told = loss + penalty, told + world.latent_total(world.total(penalty.detach()))
         loss.backward()
         lr = self.optimiser.step(self.step, world)
         sae.project()
         self.step += 1
         self.tokens += tokens
-        active_mean = fired.sum() / tokens
+        active_mean = world.latent_total(fired.sum()) / tokens
         self._steer(active_mean)
         tensors = {
-            "loss": world.total(loss.detach()),
+            "loss": told,
             "unexplained": world.total(unexplained.detach()[-1]),
             "active": active_mean,
-            "dead": (self.idle >= (cfg.dead_after or 0)).float().mean(),
+            "dead": world.latent_total((self.idle >= (cfg.dead_after or 0)).sum()) / sae.d_sae,
         }
         if self.step % 100 == 1 and not math.isfinite(float(tensors["loss"])):
             raise FloatingPointError(f"the loss is {float(tensors['loss'])} at step {self.step}; lower the lr")
@@ -204,6 +206,7 @@ class Trainer:
             raise FloatingPointError(f"the weights are no longer finite after {self.step} steps; lower the lr")
         self.sae.fold()
         self.sae.calibrate(self._split(batch)[0] for batch in calibration)
+        self.sae.unshard()
 
     def finite(self) -> bool:
         """Return whether every weight is finite."""
@@ -218,22 +221,39 @@ class Trainer:
         """Return all that changes, as tensors and as JSON-able numbers: what `load` needs to go on bit for bit."""
         tensors = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
         tensors |= {f"adam.{name}": value for name, value in self.optimiser.state().items()}
-        tensors |= {"idle": self.idle, "dead": self.dead, "pressure": self.pressure}
+        tensors |= {"idle": self.idle, "pressure": self.pressure}
+        if isinstance(self.world, LatentParallel):
+            tensors = {name: self.world.whole(t) if self._shared_out(name) else t for name, t in tensors.items()}
+        else:
+            tensors["dead"] = self.dead
         numbers = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "variance": self.variance}
         return tensors, numbers
 
     def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Go on from a state of a trainer that was made alike. Raises ValueError or KeyError for another's."""
         device = self.idle.device
+        if isinstance(self.world, LatentParallel):
+            part = self.world.rows(self.sae.d_sae)
+            tensors = {name: t[part].clone() if self._shared_out(name) else t for name, t in tensors.items()}
         sae = {name.removeprefix("sae."): value for name, value in tensors.items() if name.startswith("sae.")}
         self.sae.load_state_dict(sae)
         adam = {name.removeprefix("adam."): value for name, value in tensors.items() if name.startswith("adam.")}
         self.optimiser.load(adam)
-        self.idle, self.dead = tensors["idle"].to(device).clone(), tensors["dead"].to(device).clone()
+        self.idle = tensors["idle"].to(device).clone()
+        self.dead = tensors["dead"].to(device).clone() if "dead" in tensors else self._idle_ones()
         self.pressure = tensors["pressure"].to(device).clone()
         self.step, self.tokens = int(numbers["step"]), int(numbers["tokens"])
         self.variance = float(numbers["variance"])
         self.spent, self._begun = float(numbers["seconds"]), time.perf_counter()
+
+    def _shared_out(self, name: str) -> bool:
+        """Return whether a tensor of the state has a row for each latent."""
+        owner, _, rest = name.partition(".")
+        if owner == "adam":
+            number, _, moment = rest.partition(".")
+            names = [n for n, _ in self.sae.named_parameters()]
+            return moment != "step" and names[int(number)] in PER_LATENT
+        return name == "idle" or (owner == "sae" and rest in PER_LATENT)
 
     def _split(self, batch: Rows) -> tuple[Tensor, Tensor]:
         """Return input [tok, d_in] and target [tok, d_out] of a batch, on the device of the weights."""
@@ -272,7 +292,7 @@ class Trainer:
         b_dec = written.mean.float()
         if cfg.b_dec_start == "median":
             b_dec = geometric_median(torch.cat([y.float() for _, y in pairs]))
-            b_dec = total(b_dec) / self.world.size
+            b_dec = total(b_dec) / self.world.token_size
         sae.start(inward, outward, b_dec)
         return written.variance(outward)
 
@@ -283,12 +303,13 @@ class Trainer:
         if sae.skip is not None:
             rest = rest - F.linear(z, sae.skip)
         if active is None:
-            return (rest - values @ sae.dec)[:, None]
+            return (rest - self.world.joined(values @ sae.dec))[:, None]
         levels = sae.config.levels
         if not levels:
-            return (rest - decode_active(values, active, sae.dec))[:, None]
-        parts = decode_active(values, by_level(active, levels), sae.dec).view(len(z), len(levels), -1)
-        return rest[:, None] - parts.cumsum(1)
+            return (rest - self.world.joined(decode_active(values, active, sae.dec)))[:, None]
+        first = self.world.rank * len(sae.enc) if self.world.latent_size > 1 else 0
+        parts = decode_active(values, by_level(active, levels, first), sae.dec).view(len(z), len(levels), -1)
+        return rest[:, None] - self.world.joined(parts).cumsum(1)
 
     def _count(self, values: Tensor, active: Active | None, tokens: int) -> Int[Tensor, " d_sae"]:
         """Bring the idle counters and the list of dead latents up to date; return how often each latent fired."""
@@ -296,10 +317,18 @@ class Trainer:
         counts = fires.sum(0) if active is None else torch.zeros_like(self.idle).index_add_(0, active.cols, fires)
         counts = self.world.total(counts)
         self.idle = (self.idle + tokens).masked_fill_(counts > 0, 0)
-        assert self.cfg.dead_after is not None
         if self.idle.device.type == "cpu" or self.step % REFRESH == 0:
-            self.dead = (self.idle >= self.cfg.dead_after).nonzero().squeeze(1)
+            self.dead = self._idle_ones()
         return counts
+
+    def _idle_ones(self) -> Int[Tensor, " n_dead"]:
+        assert self.cfg.dead_after is not None
+        return (self.idle >= self.cfg.dead_after).nonzero().squeeze(1)
+
+    def _any_dead(self) -> bool:
+        if self.world.latent_size == 1:
+            return len(self.dead) > 0
+        return int(self.world.latent_total(torch.tensor(len(self.dead), device=self.idle.device))) > 0
 
     def _aux(self, z: Tensor, error: Tensor) -> Tensor:
         # dense over the dead columns alone: they are few, and all of them may speak
@@ -307,7 +336,7 @@ class Trainer:
         assert self.cfg.aux_k is not None
         centred = z - sae.dec_bias.detach() if sae.config.centred else z
         pre = F.linear(centred, sae.enc[dead], sae.enc_bias[dead])
-        return aux_k_loss(error, pre, sae.dec[dead], self.cfg.aux_k, self.world.total)
+        return aux_k_loss(error, pre, sae.dec[dead], self.cfg.aux_k, self.world)
 
     def _pressure(self) -> Tensor:
         if not self.sae.pressured or self.cfg.sparsity is None:

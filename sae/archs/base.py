@@ -11,11 +11,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae.config import SAEConfig, TrainConfig
-from sae.dist import ALONE, World
+from sae.dist import ALONE, LatentParallel, World
 from sae.kernels import Active, above, active_from, decode_active
 from sae.normalize import Affine
 
-__all__ = ["SAE", "Batch", "Output", "Pick"]
+__all__ = ["PER_LATENT", "SAE", "Batch", "Output", "Pick"]
 
 Pick = Callable[[Tensor], Tensor]  # a parameter of every latent -> its value at the entries that are looked at
 
@@ -38,8 +38,7 @@ class Batch:
     n_tokens: int  # of all processes
     variance: float  # of the target, a token
     pressure: Float[Tensor, ""]  # coefficient of the sparsity penalty
-    total: Callable[[Tensor], Tensor]  # adds a tensor up over all processes
-    share: float  # one over the number of processes
+    world: World
 
     def pick(self, parameter: Tensor) -> Tensor:
         """Return a parameter of every latent at the entries of `raw`."""
@@ -195,6 +194,12 @@ class SAE(nn.Module):
     def begin(self, pre: Float[Tensor, "tok d_sae"], cfg: TrainConfig) -> None:
         """Set what depends on the data before the first step, from the pre-activations of some tokens."""
 
+    def exceeded(self, pre: Float[Tensor, "tok d_sae"], k: int | float) -> float:
+        """Return the value that k latents a token reach on average, over the tokens and latents of all processes."""
+        kept = max(1, round(k * len(pre) * self.world.token_size))
+        values = self.world.gather(pre.flatten().topk(min(kept, pre.numel()), sorted=False).values)
+        return float(values.topk(min(kept, len(values)), sorted=False).values.min())
+
     def project(self) -> None:
         """Bring parameters back to where they must be, after each step."""
 
@@ -226,6 +231,28 @@ class SAE(nn.Module):
             self.enc.mul_(norm[:, None])
             for name in self.biases:
                 getattr(self, name).mul_(norm)
+
+    @torch.no_grad()
+    def shard(self, world: World) -> None:
+        """Train in a world: where its processes share the latents out, keep those of this one alone."""
+        self.world = world
+        if isinstance(world, LatentParallel):
+            self._replace(lambda tensor: tensor[world.rows(self.d_sae)].clone())
+
+    @torch.no_grad()
+    def unshard(self) -> None:
+        """Be whole again, and alone."""
+        if isinstance(self.world, LatentParallel):
+            self._replace(self.world.whole)
+        self.world = ALONE
+
+    def _replace(self, change: Callable[[Tensor], Tensor]) -> None:
+        for name in PER_LATENT:
+            held = getattr(self, name, None)
+            if isinstance(held, nn.Parameter):
+                setattr(self, name, nn.Parameter(change(held.detach())))
+            elif held is not None:
+                setattr(self, name, change(held))
 
     def weights(self) -> dict[str, Tensor]:
         """Return every weight by its attribute's name, in the data's units."""
@@ -279,7 +306,10 @@ class SAE(nn.Module):
 
     def _above(self, batches: list[Tensor], low: float) -> np.ndarray:
         rows = (part for batch in batches for part in batch.split(4096))
-        return np.concatenate([_greater(self._level(self._pre(self._given(part))), low) for part in rows])
+        held = np.concatenate([_greater(self._level(self._pre(self._given(part))), low) for part in rows])
+        if self.world.latent_size == 1:
+            return held
+        return self.world.gather(torch.from_numpy(held).to(self.enc.device)).cpu().numpy()
 
     def _unit(self) -> Tensor | float:
         return 1.0 if self.outward is None else self.outward.unit
@@ -316,6 +346,7 @@ class SAE(nn.Module):
 
 
 _BASE = ("enc_bias", "cut")
+PER_LATENT = ("enc", "dec", "enc_bias", "cut", "log_gain", "mag_bias")  # what has a row for each latent
 
 
 def _row_moments(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ class BatchTopK(SAE):
     def select(self, pre: Float[Tensor, "tok d_sae"]) -> Int[Tensor, " n"]:
         """Return the flattened positions, ascending, of the k * n_tok largest positive pre-activations."""
         assert self.config.k is not None
-        n = round(self.config.k * pre.shape[0] * self.world.size)
+        n = round(self.config.k * pre.shape[0] * self.world.token_size)
         kept = largest(pre, n, self._guess, self.world.gather if self.world.size > 1 else None)
         if pre.device.type == "cpu":
             self._guess = float(pre.detach().view(-1)[kept].min()) if len(kept) else 0.0

@@ -64,8 +64,10 @@ class Gated(ReLU):
         sparsity = batch.pressure * weighted.sum() / (batch.n_tokens * batch.variance**0.5)
         dec = self.dec.detach()
         recon = gate @ dec if batch.active is None else decode_active(gate, batch.active, dec)
-        error = (batch.target - self.dec_bias.detach() - recon).square().sum()
-        return sparsity + error / (batch.n_tokens * batch.variance)
+        error = (batch.target - self.dec_bias.detach() - batch.world.joined(recon)).square().sum()
+        left = error / (batch.n_tokens * batch.variance)
+        # where processes share the latents each of them has this term whole: reported once, felt by all
+        return sparsity + left - left.detach() * (1 - 1 / batch.world.latent_size)
 
     def _take_off(self, weights: dict[str, Tensor], shift: Float[Tensor, " d_sae"]) -> None:
         super()._take_off(weights, shift)

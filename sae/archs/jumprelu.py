@@ -33,9 +33,7 @@ class JumpReLU(SAE):
         """Start every threshold where k latents a token exceed it."""
         self.bandwidth = float(cfg.bandwidth)
         if self.config.k is not None:
-            values = pre.flatten()
-            kept = max(1, round(self.config.k * len(pre)))
-            self.cut.data.fill_(float(values.topk(kept, sorted=False).values.min().clamp_min(1e-6)))
+            self.cut.data.fill_(max(1e-6, self.exceeded(pre, self.config.k)))
 
     def select(self, pre: Float[Tensor, "tok d_sae"]) -> Int[Tensor, " n"] | None:
         """Return the positions above the lower end of each threshold's window: what has a value, or moves one."""
@@ -54,9 +52,9 @@ class JumpReLU(SAE):
         steps: Tensor = _Step.apply(batch.raw, batch.pick(self.cut), self.bandwidth)  # type: ignore[assignment]
         count = steps.sum() / (batch.n_tokens * self.config.k)
         # over all processes the value is (sum count - 1)^2, and each one's gradient 2 (sum count - 1) d count
-        whole = batch.total(count.detach())
+        whole = batch.world.latent_total(batch.world.total(count.detach()))
         weight = 1.0 if cfg.sparsity is None else cfg.sparsity
-        return weight * (2 * (whole - 1) * (count - count.detach()) + (whole - 1).square() * batch.share)
+        return weight * (2 * (whole - 1) * (count - count.detach()) + (whole - 1).square() / batch.world.size)
 
     def project(self) -> None:
         """Keep thresholds at zero or above."""

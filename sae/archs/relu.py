@@ -1,6 +1,5 @@
 """ReLU with a penalty on the activations (Bricken et al. 2023; norm-weighted as in Anthropic's April 2024 update)."""
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -33,8 +32,7 @@ class ReLU(SAE):
     def begin(self, pre: Float[Tensor, "tok d_sae"], cfg: TrainConfig) -> None:
         """Start with some 4 k active latents a token: half of them all would take the penalty long to bring down."""
         if self.config.k is not None and 4 * self.config.k < self.d_sae / 2:
-            share = 1 - 4 * self.config.k / self.d_sae
-            self.enc_bias.data.sub_(torch.quantile(pre[:512].flatten()[:: max(1, pre[:512].numel() // 2**20)], share))
+            self.enc_bias.data.sub_(self.exceeded(pre, 4 * self.config.k))
 
     def penalty(self, batch: Batch, cfg: TrainConfig) -> Float[Tensor, ""]:
         """Return the coefficient times sum f^p |W_dec| a token, f in units of the target's standard deviation."""
@@ -48,5 +46,5 @@ def site_norms(sae: SAE) -> Float[Tensor, " d_sae"]:
     """Return the sum over sites of the norms of each decoder row: 1 where there is one site."""
     sites = sae.config.n_sites
     if sites == 1:
-        return sae.dec.new_ones(sae.d_sae)
-    return F.normalize(sae.dec, dim=1).view(sae.d_sae, sites, -1).norm(dim=2).sum(1)
+        return sae.dec.new_ones(len(sae.dec))
+    return F.normalize(sae.dec, dim=1).view(len(sae.dec), sites, -1).norm(dim=2).sum(1)

@@ -24,7 +24,13 @@ class TopK(SAE):
 
     def select(self, pre: Float[Tensor, "tok d_sae"]) -> Int[Tensor, " n"]:
         """Return the flattened positions, ascending, of the k largest of each row."""
-        return largest_in_rows(pre, self.n_kept)
+        flat = largest_in_rows(pre, min(self.n_kept, pre.shape[1]))
+        if self.world.latent_size == 1:
+            return flat
+        values = pre.view(-1)[flat].view(len(pre), -1)
+        everywhere = self.world.gather_columns(values)
+        cut = everywhere.topk(self.n_kept, dim=1, sorted=False).values.amin(1, keepdim=True)
+        return flat[(values >= cut).flatten()]
 
     def active(self, pre: Float[Tensor, "tok d_sae"]) -> Int[Tensor, " n"]:
         """Return the positions of the k largest of each row, those above zero."""
@@ -34,7 +40,7 @@ class TopK(SAE):
     def gate(self, pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
         """Return the k largest of each token, rectified, among zeros."""
         # through the same selection as `active`: two ways to break a tie would be two results
-        rows = pre.reshape(-1, self.d_sae)
+        rows = pre.reshape(-1, pre.shape[-1])
         mask = torch.zeros(rows.numel(), dtype=torch.bool, device=pre.device)
         mask[largest_in_rows(rows, self.n_kept)] = True
         return torch.relu(pre) * mask.view(pre.shape)
