@@ -214,8 +214,8 @@ def _dictionary(job: Job, source: Iterator[Tensor]) -> dict[str, Any]:
     }  # fmt: skip
     if job.lr is not None:
         config["lr"] = job.lr
-    # Its defaults are counts of steps: 1,000 of warm-up, 1,000 without a threshold, 2,000 of growing penalty. It refuses
-    # runs that are shorter than those; so they become shares of a run where that is less.
+    # Its defaults are counts of steps: 1,000 of warm-up, 1,000 without a threshold, 2,000 of growing penalty, and it
+    # refuses runs that are shorter; so they become shares of the run where that is less.
     config["warmup_steps"] = min(1000, job.steps // 20)
     penalty, threshold = (0, 0) if job.late else (min(2000, job.steps // 10), min(1000, job.steps // 2))
     if job.arch in ("topk", "batchtopk", "matryoshka"):
