@@ -179,11 +179,11 @@ def absorption(
     """Return how much of each first letter other latents absorb, from one row a word: activation and latents.
 
     For each letter of min_words words or more a logistic probe (one letter against all) learns from the training
-    words; letters whose probe has F1 > min_f1 on the held-out words are read. Main latents: the best by |difference
-    of class means|, and the next ones while a logistic probe on them all gains more than f1_jump in F1 on the training
-    words, up to max_k. Absorption is that of the held-out words of the letter that the probe gets right
-    (word_absorption). `test` marks the held-out words, a quarter by chance unless given. `origin` is taken from x
-    before it is projected; SAEBench takes none off.
+    words; letters whose probe has F1 > min_f1 on the held-out words are read. Main latents: the one whose mean over the
+    letter's words exceeds that over the others most, and the next ones while a logistic probe on them all gains more
+    than f1_jump in F1 on the training words, up to max_k. Absorption is that of the held-out words of the letter that
+    the probe gets right (word_absorption). `test` marks the held-out words, a quarter by chance unless given. `origin`
+    is taken from x before it is projected; SAEBench takes none off.
     Raises AbsorptionError where fewer than min_letters letters are read: the figure would mean nothing; ValueError for
     lengths that differ or rows that are not finite.
     """
@@ -197,7 +197,7 @@ def absorption(
     held = np.random.default_rng(seed).random(len(rows)) < 0.25 if test is None else np.asarray(test, dtype=bool)
     if len(held) != len(rows):
         raise ValueError(f"test marks {len(held)} words of {len(rows)}")
-    counted = {c: (int((names[~held] == c).sum()), int((names[held] == c).sum())) for c in sorted(set(names))}
+    counted = {c: (int((names[~held] == c).sum()), int((names[held] == c).sum())) for c in sorted(set(letters))}
     asked = [c for c, (n_train, n_test) in counted.items() if n_train + n_test >= min_words and n_train and n_test]
     words = _Words(rows, codes, W_dec.detach().double().cpu(), names, held, origin, float(C), n_null, seed)
     probes = {c: _probe(words, c) for c in asked}
@@ -327,7 +327,7 @@ def _letter(words: _Words, probe: _Probe, letter: str, max_k: int, jump: float) 
 
 def _main_latents(latents: Tensor, y: np.ndarray, max_k: int, jump: float, C: float) -> list[int]:
     """Return the best latent, and the next ones while F1 rises by more than `jump`."""
-    ranked, before = choose_latents(latents, y, max_k), -np.inf
+    ranked, before = choose_latents(latents, y, max_k, signed=True), -np.inf
     for k in range(1, len(ranked) + 1):
         columns = latents[:, ranked[:k]]
         weight, bias = logistic(columns, y, C)

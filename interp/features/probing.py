@@ -163,7 +163,7 @@ def sparse_probe(
     m = rows.shape[1]
     if not ks or not all(1 <= k <= m for k in ks) or n_null < 1:
         raise ValueError(f"ks {tuple(ks)} must lie between 1 and {m} latents, and n_null {n_null} be at least 1")
-    if not bool((_difference(rows, labels) > 0).any()):
+    if not bool((_difference(rows, labels) != 0).any()):
         raise ValueError("no latent differs between the classes on these texts: there is nothing to probe")
     number = as_groups(groups, len(rows))
     trial = _Trial(labels, number, grouped_folds(number, folds, seed, labels), float(C), n_null, seed)
@@ -180,9 +180,13 @@ def sparse_probe(
     )
 
 
-def choose_latents(latents: Float[Tensor, "n m"], y: Labels, k: int) -> list[int]:
-    """Return the k latents with the largest |mean over label 1 - mean over label 0|, largest first."""
-    return _difference(latents, as_labels(y)).argsort(descending=True, stable=True)[:k].tolist()
+def choose_latents(latents: Float[Tensor, "n m"], y: Labels, k: int, *, signed: bool = False) -> list[int]:
+    """Return the k latents with the largest |mean over label 1 - mean over label 0|, largest first.
+
+    `signed`: of the difference itself, so that a latent that falls where the label holds is not chosen.
+    """
+    difference = _difference(latents, as_labels(y))
+    return (difference if signed else difference.abs()).argsort(descending=True, stable=True)[:k].tolist()
 
 
 @torch.no_grad()
@@ -321,7 +325,7 @@ def _definitions() -> list[str]:
 def _difference(rows: Tensor, labels: np.ndarray) -> Float[Tensor, "m"]:
     positive = torch.from_numpy(labels == 1)
     means = [rows[chosen].mean(0, dtype=torch.float64) for chosen in (positive, ~positive)]
-    return (means[0] - means[1]).abs()
+    return means[0] - means[1]
 
 
 def _data(data: Any, n: int, seed: int) -> tuple[list[str], list[Any], list[Any] | None]:

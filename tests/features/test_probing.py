@@ -65,6 +65,8 @@ def test_the_choice_is_the_largest_difference_of_means():
     gaps = [abs(rows[y == 1, i].double().mean() - rows[y == 0, i].double().mean()).item() for i in range(40)]
     assert choose_latents(rows, y, 5) == sorted(range(40), key=lambda i: -gaps[i])[:5]
     assert choose_latents(-rows, y, 1) == [7]  # one that falls counts as one that rises
+    assert choose_latents(-rows, y, 1, signed=True) != [7]
+    assert choose_latents(rows, y, 1, signed=True) == [7]
 
 
 def test_the_null_of_random_directions_chooses_as_the_latents_are_chosen():
