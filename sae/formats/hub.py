@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sae.archs.base import SAE
-from sae.extras import MissingError, require
+from sae.extras import MissingError
 from sae.formats.files import SUFFIXES
 from sae.io import FormatError, atomic_write, read_json
 
@@ -66,8 +66,10 @@ class _Hub:
     def __init__(self, repository: str, revision: str | None) -> None:
         self.repository, self.revision, self.offline = repository, revision, ""
         self.known: dict[str, Path | None] = {}
-        self.hub = require("huggingface_hub", "hub")
-        self.errors = require("huggingface_hub.errors", "hub")
+        import huggingface_hub
+        from huggingface_hub import errors
+
+        self.hub, self.errors = huggingface_hub, errors
 
     def __str__(self) -> str:
         return self.repository if self.revision is None else f"{self.repository} at {self.revision}"
@@ -131,7 +133,9 @@ def push_to_hub(
     if not re.fullmatch(rf"{_PART}/{_PART}", repo_id):
         raise ValueError(f"{repo_id!r} is no repository; write user/name")
     if api is None:
-        api = require("huggingface_hub", "hub").HfApi()
+        from huggingface_hub import HfApi
+
+        api = HfApi()
     with tempfile.TemporaryDirectory() as folder:
         native.save(sae, folder)
         card = model_card(sae, repo_id, run=run)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from sae.extras import MissingError
 from sae.formats import FORMATS, load_sae
@@ -159,6 +160,27 @@ def test_a_tensor_that_claims_more_than_the_file_holds_is_refused(tmp_path):
     torch.save({"W_enc": torch.zeros(1).expand(2**20, 2**20)}, tmp_path / "wide.pt")  # a terabyte in a few bytes
     with pytest.raises(FormatError, match="more numbers than the file holds"):
         load_state(tmp_path / "wide.pt")
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".npz", ".safetensors"])
+def test_numbers_that_are_none_are_refused_and_huge_ones_are_not(tmp_path, suffix):
+    def saved(value: float) -> Path:
+        held = {"W_enc": torch.ones(4, 8), "W_dec": torch.ones(8, 4), "b_enc": torch.zeros(8), "b_dec": torch.zeros(4)}
+        held["W_dec"][:] = 3e38 if value == 3e38 else 1.0  # finite, though their sum is not
+        held["W_dec"][2, 3] = value
+        path = tmp_path / f"a{suffix}"
+        if suffix == ".npz":
+            np.savez(path, **{name: v.numpy() for name, v in held.items()})
+        elif suffix == ".pt":
+            torch.save(held, path)
+        else:
+            save_file(held, path)
+        return path
+
+    for value in (float("nan"), float("inf"), -float("inf")):
+        with pytest.raises(FormatError, match="nan or infinity"):
+            load_sae(saved(value), arch="relu")
+    assert float(load_sae(saved(3e38), arch="relu").W_dec.detach()[2, 3]) == pytest.approx(3e38)
 
 
 def npy(shape, dtype="<f4", data: bytes | None = None) -> bytes:

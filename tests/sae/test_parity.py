@@ -19,7 +19,7 @@ BENCH = Path(__file__).parents[2] / "experiments" / "bench"
 THRESHOLDED = ("batchtopk", "matryoshka", "jumprelu")
 WRITTEN = {
     "saelens": ["relu", "gated", "topk", "abstopk", "matryoshka_topk", *THRESHOLDED, "relu transcoder", "relu skip",
-                "jumprelu transcoder", "batchtopk skip"],
+                "jumprelu transcoder", "batchtopk skip", "batchtopk crosscoder"],
     "sparsify": ["topk", "matryoshka_topk", "topk square"],
     "dictionary_learning": ["relu", "gated", "topk", "matryoshka_topk", *THRESHOLDED],
 }  # fmt: skip
@@ -47,6 +47,7 @@ def ours(name: str, x: torch.Tensor) -> sae.SAE:
     """Return an SAE with arbitrary weights and a threshold that leaves 4 latents a token."""
     arch, _, form = name.partition(" ")
     options = {"transcoder": {"d_out": 12}, "skip": {"d_out": 12, "skip": True}, "square": {"d_out": 16, "skip": True}}
+    options |= {"crosscoder": {"n_sites": 2}}  # which SAELens runs on flattened sites
     model = sae.build(arch, d_in=16, d_sae=48, k=4, seed=21, **options.get(form, {}))
     generator = torch.Generator().manual_seed(31)
     with torch.no_grad():
@@ -79,7 +80,7 @@ def exchanged(tmp_path_factory, x):
         jobs = [{"do": "make", "name": name, "folder": str(folder / "theirs" / name)} for name in MADE[peer]]
         for name in WRITTEN[peer]:
             place = folder / "ours" / name
-            save_sae(ours(name, x), place, format=peer)
+            save_sae(ours(name, x), place, format="native" if "crosscoder" in name else peer)
             jobs.append({"do": "load", "name": name, "folder": str(place)})
         (folder / "jobs.json").write_text(json.dumps(jobs))
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "SPARSIFY_DISABLE_TRITON": "1"}
