@@ -1,11 +1,10 @@
 """What a stream is made of: a text as chunks of windows that can be sought again, and the rows a model makes of one."""
 
-import copy
 import math
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,13 +15,12 @@ from torch import Tensor
 
 from interp.acts.rows import outlying
 from interp.model import tokens as tok
-from interp.model.anatomy import AnatomyError
-from interp.model.forward import kept_rng
 from interp.model.loading import Model
 from interp.model.tokens import Window
 from interp.store.compute import Harvester
 from interp.store.job import Job
 from interp.store.plan import Text
+from interp.store.shuffle import permute
 from interp.store.writer import Rows
 
 WHOLE = 1 << 40  # more tokens than a document has
@@ -34,67 +32,102 @@ class Stopped(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where in a text a chunk begins, and what tells the text from another."""
+    """Where in a text a chunk lies, and what tells the text from another."""
 
     epoch: int
+    block: int
     chunk: int
+    """Of the block, from 0."""
     document: int
-    """The document of its first token."""
+    """The document of the block's first token."""
     token: int
-    """How many tokens of that document stand in earlier chunks."""
+    """How many tokens of that document stand in earlier blocks."""
     before: str
     """Checksum of the documents in front of that one."""
     windows: str
-    """Checksum of the chunk's own tokens."""
+    """Checksum of the block's own tokens."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Windows that are computed, and shuffled, together."""
+    """Windows that are computed together, and whose rows are shuffled together."""
 
     place: Place
     windows: list[Window]
     rows: int  # before outliers are left out
 
 
-class Passage:
-    """One reading of a text, chunk after chunk, from its beginning or from a place in it.
+@dataclass(frozen=True)
+class Block:
+    """Windows that follow each other in the text; `place` is that of its first chunk."""
 
-    Windows are those of a harvest, whatever the chunks and wherever the reading began: to begin at a place, documents
+    place: Place
+    windows: list[Window]
+
+    def chunks(self, job: Job, limit: int, seed: int | None) -> list[Chunk]:
+        """Return the block as chunks of about equally many rows, `limit` and a batch at most.
+
+        With a seed, windows are in the order of a permutation: a chunk holds windows from all over the block.
+        """
+        size, cut, place = job.cut.batch_size, job.cut, self.place
+        order = range(len(self.windows))
+        if seed is not None:
+            order = shuffled(len(self.windows), (seed, place.epoch, place.block, 0)).tolist()
+        batches = [[self.windows[i] for i in order[at : at + size]] for at in range(0, len(order), size)]
+        counts = [int(cut.keep(cut.collate(batch)).sum()) for batch in batches]
+        share = sum(counts) / max(1, math.ceil(sum(counts) / limit))
+        found: list[Chunk] = []
+        windows: list[Window] = []
+        rows = 0
+        for i, (batch, count) in enumerate(zip(batches, counts, strict=True)):
+            windows, rows = windows + batch, rows + count
+            if rows >= share > 0 or i == len(batches) - 1:
+                found.append(Chunk(replace(place, chunk=len(found)), windows, rows))
+                windows, rows = [], 0
+        return found
+
+
+def shuffled(n: int, key: tuple[int, ...]) -> Int[Tensor, " n"]:
+    """Return the numbers below n in the order that belongs to a key."""
+    if not n:
+        return torch.zeros(0, dtype=torch.long)
+    return torch.from_numpy(permute(np.arange(n, dtype=np.uint64), n, key).astype(np.int64))
+
+
+class Passage:
+    """One reading of a text, block after block, from its beginning or from a place in it.
+
+    Windows are those of a harvest, whatever the blocks and wherever the reading began: to begin at a place, documents
     in front of it are read for their checksum and not tokenised, and of its first document the tokens that stand in
-    earlier chunks are taken off.
+    earlier blocks are taken off.
     """
 
-    def __init__(self, job: Job, documents: Iterator[Any], limit: int, epoch: int, at: Place | None = None):
-        self.job, self.limit, self.epoch = job, limit, epoch
-        self.cut = 0 if at is None else at.chunk  # chunks that lie behind
+    def __init__(self, job: Job, documents: Iterator[Any], windows: int, epoch: int, at: Place | None = None):
+        self.job, self.size, self.epoch = job, windows, epoch
+        self.cut = 0 if at is None else at.block  # blocks that lie behind
         self._base = 0 if at is None else at.document  # the number of the first document that is tokenised here
         self._ended = (-1, 0) if at is None else (at.document, at.token)  # last document so far, tokens seen of it
         self._text = Text(())
-        self._before: dict[int, str] = {}  # checksum of what stands in front of each document that may begin a chunk
+        self._before: dict[int, str] = {}  # checksum of what stands in front of each document that may begin a block
         self._source = job.cut.windows(self._told(documents, at))
-        self._windows: list[Window] = []  # of the chunk that is being cut
-        self._kept = 0
+        self._windows: list[Window] = []  # of the block that is being cut
 
-    def next(self, stopped: Callable[[], bool]) -> Chunk | None:
-        """Return the next chunk: windows for at least `limit` rows, fewer at the end of the text; None past it.
+    def next(self, stopped: Callable[[], bool]) -> Block | None:
+        """Return the next block, shorter at the end of the text; None past it.
 
         Raises Stopped where `stopped()` says so; the next call goes on with what was read.
         """
-        cut = self.job.cut
-        while self._kept < self.limit:
+        while len(self._windows) < self.size:
             if stopped():
                 raise Stopped
-            batch = list(islice(self._source, cut.batch_size))
-            if not batch:
+            some = list(islice(self._source, min(self.job.cut.batch_size, self.size - len(self._windows))))
+            if not some:
                 break
-            self._windows += batch
-            self._kept += int(cut.keep(cut.collate(batch)).sum())
+            self._windows += some
         if not self._windows:
             return None
-        windows, rows = [self._numbered(window) for window in self._windows], self._kept
-        self._windows, self._kept = [], 0
-        return Chunk(self._place(windows), windows, rows)
+        windows, self._windows = [self._numbered(window) for window in self._windows], []
+        return Block(self._place(windows), windows)
 
     def _told(self, documents: Iterator[Any], at: Place | None) -> Iterator[Any]:
         """Yield the documents from a place on, noting what passes by."""
@@ -139,7 +172,7 @@ class Passage:
         return Window(window.ids, np.where(documents < 0, documents, documents + self._base).astype(np.int32))
 
     def _place(self, windows: list[Window]) -> Place:
-        """Return the place of a chunk, and remember where it ends."""
+        """Return the place of a block, and remember where it ends."""
         digest = xxhash.xxh3_64()
         for window in windows:
             digest.update(len(window.ids).to_bytes(8, "little") + window.ids.tobytes())
@@ -156,7 +189,7 @@ class Passage:
         self._before = {number: value for number, value in self._before.items() if number >= last}
         self.cut += 1
         return Place(
-            epoch=self.epoch, chunk=self.cut - 1, document=first, token=token, before=before,
+            epoch=self.epoch, block=self.cut - 1, chunk=0, document=first, token=token, before=before,
             windows=digest.hexdigest(),
         )  # fmt: skip
 
@@ -240,106 +273,111 @@ class Computer:
 
 
 class Producer:
-    """Loads one chunk after the other, epoch after epoch; `seek` goes to any of them."""
+    """Loads one chunk after the other, epoch after epoch; `seek` goes to any of them.
 
-    def __init__(self, job: Job, begin: Callable[[], Iterator[Any]], limit: int, epochs: int | None):
-        self.job, self.limit, self.epochs, self._begin = job, limit, epochs, begin
+    `windows` is how many a block has, `limit` how many rows a chunk; without a seed everything is in text order.
+    """
+
+    def __init__(
+        self, job: Job, begin: Callable[[], Iterator[Any]], windows: int, limit: int, *, seed: int | None,
+        epochs: int | None, once: bool,
+    ):  # fmt: skip
+        self.job, self.windows, self.limit, self.seed = job, windows, limit, seed
+        self.epochs, self.once, self._begin = epochs, once, begin
         self.computer = Computer(job, limit)
         self._passage: Passage | None = None
-        self._todo: Chunk | None = None  # cut, and not computed yet
+        self._recent: list[Block] = []  # the one that is computed, and the one before it
+        self._coming: list[Block] = []  # read already, and left again by going back
+        self._chunks: list[Chunk] = []  # of the block, not computed yet, the next one last
         self._rows = 0  # of this epoch
+        self._lost = False  # an iterator was read beyond what was wanted
 
     def load(self, stopped: Callable[[], bool]) -> Loaded | None:
         """Return the next chunk's rows, None at the end. What stops it loses nothing: the next call begins there."""
-        chunk = self.next(stopped)
-        if chunk is None:
-            return None
-        self._todo = chunk
-        loaded = self.computer.rows(chunk, stopped)
-        self._todo = None
+        while not self._chunks:
+            block = self._next(stopped)
+            if block is None:
+                return None
+            self._enter(block)
+        loaded = self.computer.rows(self._chunks[-1], stopped)
+        self._chunks.pop()
         return loaded
 
-    def next(self, stopped: Callable[[], bool]) -> Chunk | None:
-        """Return the next chunk's windows, None at the end. Raises ValueError for a text that gives no rows."""
-        if self._todo is not None:
-            chunk, self._todo = self._todo, None
-            return chunk
+    def _enter(self, block: Block) -> None:
+        chunks = block.chunks(self.job, self.limit, self.seed)
+        self._recent, self._chunks = [*self._recent[-1:], block], chunks[::-1]
+        self._rows += sum(chunk.rows for chunk in chunks)
+
+    def _next(self, stopped: Callable[[], bool]) -> Block | None:
+        """Return the next block, None at the end. Raises ValueError for a text that gives no rows."""
+        if self._lost:
+            raise read_already()
+        if self._coming:
+            return self._coming.pop(0)
         if self._passage is None:
-            self._passage = Passage(self.job, self._begin(), self.limit, 0)
-        while (chunk := self._passage.next(stopped)) is None:
+            self._passage = Passage(self.job, self._begin(), self.windows, 0)
+        while (block := self._passage.next(stopped)) is None:
             if not self._rows:
                 raise ValueError("the text gives no rows: it is empty, or everything in it is excluded")
             epoch = self._passage.epoch + 1
             if epoch == self.epochs:
                 return None
-            self._passage, self._rows = Passage(self.job, self._begin(), self.limit, epoch), 0
-        self._rows += chunk.rows
-        return chunk
+            self._passage, self._rows = Passage(self.job, self._begin(), self.windows, epoch), 0
+        return block
 
-    def back(self, loaded: Loaded) -> None:
-        """Take a chunk back: it is the next one to be loaded."""
-        loaded.release()
-        self._todo = loaded.chunk
-
-    def begin(self, forwards: bool) -> None:
+    def begin(self) -> None:
         """Go to the beginning of the text. Raises ValueError where it was left, and cannot be read again."""
-        if not forwards:
-            self._passage = self._todo = None
-        elif self._passage is not None and (self._todo is None or self._todo.place.chunk):
+        places = [block.place for block in self._recent]
+        first = next((place for place in places if (place.epoch, place.block) == (0, 0)), None)
+        if first is not None:
+            self._enter(self._back(first))
+        elif not self.once:
+            self._passage, self._recent, self._coming, self._chunks = None, [], [], []
+        elif places:
             raise read_already()
 
-    def seek(self, at: Place, forwards: bool) -> None:
-        """Make the chunk at a place the next one; `forwards`: by reading on, where the text cannot be read again.
+    def seek(self, at: Place) -> None:
+        """Make the chunk at a place the next one; an iterator is read on to it, other texts are begun there.
 
-        Raises ValueError where the text is another than the place was in, or the place lies behind.
+        Raises ValueError where the text is another than the place was in, or lies behind and cannot be read again.
         """
-        going = forwards and self._passage is not None
-        if not going:
-            self._todo, self._rows = None, 1  # an earlier chunk had some
-            self._passage = Passage(self.job, self._begin(), self.limit, at.epoch, at)
-        chunk = self.next(lambda: False)
-        while going and chunk is not None and chunk.place.chunk < at.chunk:
-            chunk = self.next(lambda: False)
-        if chunk is None or chunk.place != at:
-            last = self._passage.cut if chunk is None and self._passage is not None else at.chunk
-            if going and (last > at.chunk or (chunk is not None and chunk.place.chunk > at.chunk)):
-                raise read_already()
+        first = replace(at, chunk=0)
+        if any(block.place == first for block in self._recent):
+            block = self._back(first)
+        else:
+            block = self._forwards(first) if self.once and self._passage is not None else self._anew(first)
+        self._enter(block)
+        if not 0 <= at.chunk < len(self._chunks):
+            raise ValueError(f"the state is at chunk {at.chunk} of a block of {len(self._chunks)}: it was changed")
+        del self._chunks[len(self._chunks) - at.chunk :]
+
+    def _back(self, at: Place) -> Block:
+        """Return one of the recent blocks, those after it being the next ones again."""
+        number = [block.place for block in self._recent].index(at)
+        block = self._recent[number]
+        self._coming = self._recent[number + 1 :] + self._coming
+        self._recent = self._recent[:number]
+        return block
+
+    def _anew(self, at: Place) -> Block:
+        passage = Passage(self.job, self._begin(), self.windows, at.epoch, at)
+        block = passage.next(lambda: False)
+        if block is None or block.place != at:
             raise another_text(f"its tokens from document {at.document:,} on differ")
-        self._todo = chunk
+        self._passage, self._recent, self._coming = passage, [], []
+        self._rows = at.block  # earlier blocks had some
+        return block
 
-
-def can_copy(model: Model) -> bool:
-    """Whether `apart` can copy a model: not a TransformerBridge, and neither dispatched nor quantised."""
-    quantised = getattr(model.hf, "hf_quantizer", None) or getattr(model.hf, "quantization_method", None)
-    return model.backend == "native" and not model.offloaded and quantised is None
-
-
-def apart(job: Job) -> Model:
-    """Return the job's model once more, its modules copied and every weight shared, for a thread of its own.
-
-    Hook points are hooks on modules, and evaluation mode is a flag on them: two threads that run one model would read
-    each other's values. Foreign hooks on the model go on working in the copy. Raises ValueError where a context of ours
-    is open on it, which the copy would keep for ever.
-    """
-    model, hf = job.model, job.model.hf
-    memo: dict[int, Any] = {id(t): t for t in chain(hf.parameters(), hf.buffers())}
-    for module in hf.modules():
-        for hook in chain(module._forward_hooks.values(), module._forward_pre_hooks.values()):
-            if str(getattr(hook, "__module__", "")).startswith("interp."):
-                raise ValueError(
-                    f"a context that reads or edits {model.name} is open, which a stream read ahead in the background "
-                    "cannot follow; begin to read outside of it, or give prefetch=False"
-                )
-            memo[id(hook)] = hook
-    with kept_rng(model.device):
-        own = Model(copy.deepcopy(hf, memo), model.tokenizer, name=model.name, blocks=model.blocks_path)
-        _settle(own, job)
-    return own
-
-
-def _settle(model: Model, job: Job) -> None:
-    """Run padded rows once: what a Model finds out then, random state put aside, is not to be found in the thread."""
-    rows = [Window(np.zeros(n, dtype=np.int32), np.zeros(n, dtype=np.int32)) for n in (2, 1)]
-    batch = job.cut.collate(rows)
-    with suppress(AnatomyError):  # raised again should such rows come
-        model.run(batch.ids, batch.mask, positions=batch.positions if batch.masked else None)
+    def _forwards(self, at: Place) -> Block:
+        """Return a later block of an iterator, which is lost for everything else where it is not found."""
+        assert self._passage is not None
+        ready = self._coming[0].place.block if self._coming else self._passage.cut
+        if ready > at.block:
+            raise read_already()
+        block = None
+        while ready <= at.block and (block := self._next(lambda: False)) is not None:
+            ready += 1
+        if block is None or block.place != at:
+            self._lost = True
+            raise another_text(f"its tokens from document {at.document:,} on differ")
+        return block

@@ -1,31 +1,27 @@
 """Activations of a model on text as they are computed: shuffled batches for training, with no disk between."""
 
-import atexit
 import hashlib
 import json
-import threading
-import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from interp.acts.rows import SAE_EXCLUDE
 from interp.model.hooks import canonical_name, unknown_hook
 from interp.model.loading import as_model
 from interp.model.sources import read_source
-from interp.store.chunks import Loaded, Place, Producer, Stopped, apart, can_copy, read_already
+from interp.store.ahead import Ahead, apart, can_copy
+from interp.store.chunks import Loaded, Place, Producer, Stopped, read_already, shuffled
 from interp.store.job import Job, describe, differences
-from interp.store.shuffle import permute
 
 __all__ = ["ActivationStream", "StreamBatches", "stream_acts"]
 
 BUFFER_ROWS = 65_536
-PATIENCE = 10.0  # seconds that a thread gets to end its batch, or to get on with a text that it waits for
+MIX_TOKENS = 1 << 20
 
 
 def stream_acts(
@@ -42,16 +38,18 @@ def stream_acts(
     separate: bool = True,
     field: str = "text",
     buffer_rows: int = BUFFER_ROWS,
+    mix_tokens: int = MIX_TOKENS,
     buffer_mb: float | int | None = None,
     prefetch: bool | None = None,
     progress: bool = False,
 ) -> "ActivationStream":
     """Return the activations of a text at hook points as a source of batches, computed when they are read.
 
-    Text, windows, exclusions and values are those of `harvest_acts` with the same options: one epoch has the rows of
-    the store, bit for bit. Windows are computed in text order, in chunks of at least `buffer_rows` rows; rows are
-    shuffled within a chunk. At most two chunks are in memory: the one that is read, and the one that is computed
-    meanwhile in a thread. `buffer_mb` instead tells the memory of both together.
+    Text, windows, exclusions and values are those of `harvest_acts` with the same options: an epoch that is not
+    shuffled is the store, bit for bit. Shuffling is in two steps, since text is clustered and tokens are cheap to hold:
+    the windows of each `mix_tokens` tokens of text are shuffled, then computed in chunks of up to `buffer_rows` rows
+    (and a batch), whose rows are shuffled. At most two chunks are in memory: the one that is read, and the one that is
+    computed meanwhile in a thread. `buffer_mb` instead tells the memory of both together.
 
     `prefetch`: the thread runs a copy of the model's modules that shares its weights, so that the model can be used,
     and hooked, beside it. None: yes, but for a TransformerBridge and a dispatched or quantised model, which cannot be
@@ -72,8 +70,8 @@ def stream_acts(
         if buffer_rows < 1:
             need = 6 * slots * width / 1e6
             raise ValueError(f"buffer_mb is {buffer_mb:g}; batches of {slots:,} tokens want about {need:,.0f} or more")
-    if buffer_rows < 1:
-        raise ValueError(f"buffer_rows is {buffer_rows}; it must be at least 1")
+    if buffer_rows < 1 or mix_tokens < 1:
+        raise ValueError(f"buffer_rows is {buffer_rows}, mix_tokens {mix_tokens}; both must be at least 1")
     if prefetch and not can_copy(model):
         raise ValueError(f"{model.name} ({model.backend}) cannot be copied for a thread; give prefetch=False, or None")
     if isinstance(dataset, str):
@@ -81,7 +79,11 @@ def stream_acts(
     elif isinstance(dataset, Tensor | np.ndarray) or not isinstance(dataset, Iterable):
         raise TypeError(f"dataset is a {type(dataset).__name__}; give a source by name, or an iterable of documents")
     ahead = can_copy(model) if prefetch is None else prefetch
-    return ActivationStream(job, dataset, field=field, buffer_rows=buffer_rows, prefetch=ahead, progress=progress)
+    # whole batches, so that those of an epoch in text order are a harvest's
+    windows = batch_size * max(1, round(mix_tokens / job.settings["ctx"] / batch_size))
+    return ActivationStream(
+        job, dataset, field=field, buffer_rows=buffer_rows, mix_windows=windows, prefetch=ahead, progress=progress
+    )
 
 
 class ActivationStream:
@@ -91,10 +93,11 @@ class ActivationStream:
     """
 
     def __init__(
-        self, job: Job, dataset: str | Iterable[Any], *, field: str, buffer_rows: int, prefetch: bool, progress: bool
-    ):
+        self, job: Job, dataset: str | Iterable[Any], *, field: str, buffer_rows: int, mix_windows: int, prefetch: bool,
+        progress: bool,
+    ):  # fmt: skip
         self.job, self.dataset, self.field = job, dataset, field
-        self.buffer_rows, self.prefetch, self.progress = buffer_rows, prefetch, progress
+        self.buffer_rows, self.mix_windows, self.prefetch, self.progress = buffer_rows, mix_windows, prefetch, progress
         self.once = not isinstance(dataset, str) and iter(dataset) is dataset
         self._taken = False
 
@@ -122,7 +125,8 @@ class ActivationStream:
         settings = self.job.settings
         hooks = [hook["name"] for hook in settings["hooks"]]
         model = {name: settings["model"][name] for name in ("class", "fingerprint", "dtype")}
-        return {**{n: settings[n] for n in names}, "hooks": hooks, "model": model, "buffer_rows": self.buffer_rows}
+        sizes = {"buffer_rows": self.buffer_rows, "mix_windows": self.mix_windows}
+        return {**{n: settings[n] for n in names}, "hooks": hooks, "model": model, **sizes}
 
     def describe(self) -> dict[str, Any]:
         """Return what the stream is, JSON-able: model, text, settings, fingerprint."""
@@ -136,6 +140,7 @@ class ActivationStream:
             "hooks": {hook["name"]: {"d": hook["d"]} for hook in self.job.settings["hooks"]},
             **{name: self.job.settings[name] for name in names},
             "buffer_rows": self.buffer_rows,
+            "mix_windows": self.mix_windows,
             "prefetch": self.prefetch,
         }
 
@@ -195,8 +200,9 @@ class ActivationStream:
 class StreamBatches:
     """Batches of a stream. Iterating again goes on where it was left; `state` and `restore` do so in another process.
 
-    The rows of chunk c of an epoch come in the order `permute(.., (seed, epoch, c))`; batches run over the seams of
-    chunks and epochs. `rows` tells how many were handed out.
+    Windows of block b of an epoch are computed in the order `permute(.., (seed, epoch, b, 0))`, and rows of its chunk c
+    come in the order `permute(.., (seed, epoch, b, 1 + c))`; batches run over the seams of chunks, blocks and epochs.
+    `rows` tells how many were handed out.
     """
 
     def __init__(
@@ -208,8 +214,11 @@ class StreamBatches:
         self.rows = 0
         self._at: tuple[Place | None, int] = (None, 0)  # chunk and row behind the last batch handed out
         self._single = single
-        self._producer = Producer(stream.job, stream.documents, stream.buffer_rows, epochs)
-        self._ahead: _Ahead | None = None
+        self._producer = Producer(
+            stream.job, stream.documents, stream.mix_windows, stream.buffer_rows, seed=seed if shuffle else None,
+            epochs=epochs, once=stream.once,
+        )  # fmt: skip
+        self._ahead: Ahead | None = None
         self._loaded: Loaded | None = None
         self._order = torch.zeros(0, dtype=torch.long)
         self._row = 0  # of the chunk that is loaded, or is to be loaded next
@@ -229,13 +238,19 @@ class StreamBatches:
         Raises ValueError for a state of another stream, another order, or another text.
         """
         place, row = self._checked(state)
-        self._filled, self._parts = 0, {}
+        if self._ahead is not None:
+            self._ahead.halt()
+            self._ahead.join()
         if not self._holds(place):
-            self._leave()
             if place is None:
-                self._producer.begin(self.stream.once)
+                self._producer.begin()
             else:
-                self._producer.seek(place, self.stream.once)
+                self._producer.seek(place)
+            for held in (self._loaded, self._ahead.loaded if self._ahead is not None else None):
+                if held is not None:
+                    held.release()
+            self._loaded = self._ahead = None
+        self._filled, self._parts = 0, {}
         self.rows, self._at, self._row = int(state["rows"]), (place, row), row
 
     def _holds(self, place: Place | None) -> bool:
@@ -243,18 +258,7 @@ class StreamBatches:
         if self._loaded is None:
             return False
         held = self._loaded.chunk.place
-        return held == place or (place is None and (held.epoch, held.chunk) == (0, 0))
-
-    def _leave(self) -> None:
-        """Give up the chunk that is loaded, and hand back the one that was made ahead."""
-        if self._ahead is not None:
-            self._ahead.halt()
-            self._ahead.join()
-            if self._ahead.loaded is not None:
-                self._producer.back(self._ahead.loaded)
-        if self._loaded is not None:
-            self._loaded.release()
-        self._loaded = self._ahead = None
+        return held == place or (place is None and (held.epoch, held.block, held.chunk) == (0, 0, 0))
 
     def _checked(self, state: Mapping[str, Any]) -> tuple[Place | None, int]:
         own = self.state()
@@ -340,16 +344,17 @@ class StreamBatches:
         if loaded is None:
             return None
         if self.stream.prefetch:
-            self._ahead = _Ahead(self._producer)
+            self._ahead = Ahead(self._producer)
         place, kept = loaded.chunk.place, loaded.kept
-        self._order = kept[_order(len(kept), (self.seed, place.epoch, place.chunk))] if self.shuffle else kept
+        key = (self.seed, place.epoch, place.block, 1 + place.chunk)
+        self._order = kept[shuffled(len(kept), key)] if self.shuffle else kept
         self._loaded = loaded
         return loaded
 
     def _awaited(self) -> Loaded | None:
         """Return what the thread makes, starting it, or starting it again where it was stopped; raises its error."""
         while True:
-            ahead = self._ahead = self._ahead or _Ahead(self._producer)
+            ahead = self._ahead = self._ahead or Ahead(self._producer)
             ahead.join()
             self._ahead = None
             if ahead.error is None:
@@ -363,48 +368,7 @@ class StreamBatches:
             self._ahead.halt()
 
 
-def _order(n: int, key: tuple[int, ...]) -> Int[Tensor, " n"]:
-    if not n:
-        return torch.zeros(0, dtype=torch.long)
-    return torch.from_numpy(permute(np.arange(n, dtype=np.uint64), n, key).astype(np.int64))
-
-
 def _bar(done: int) -> Any:
     from tqdm import tqdm
 
     return tqdm(initial=done, desc="stream", unit="tok", unit_scale=True)
-
-
-class _Ahead(threading.Thread):
-    """A thread that loads one chunk."""
-
-    def __init__(self, producer: Producer):
-        super().__init__(name="interp-stream", daemon=True)
-        self._producer, self._halted = producer, threading.Event()
-        self.loaded: Loaded | None = None
-        self.error: BaseException | None = None
-        _running.add(self)
-        self.start()
-
-    def run(self) -> None:
-        torch.get_num_threads()  # a new thread takes over the number that was set only when it is first asked
-        try:
-            self.loaded = self._producer.load(self._halted.is_set)
-        except BaseException as error:  # the consumer raises it
-            self.error = error
-
-    def halt(self) -> None:
-        """Have the thread stop at its next batch, and wait for that; not for ever, should its text hang."""
-        self._halted.set()
-        self.join(PATIENCE)
-
-
-_running: "weakref.WeakSet[_Ahead]" = weakref.WeakSet()
-
-
-@atexit.register
-def _stop_all() -> None:
-    """End threads before the interpreter does: torch must not run on while it goes down."""
-    for thread in list(_running):
-        if thread.is_alive():
-            thread.halt()
