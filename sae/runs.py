@@ -32,6 +32,7 @@ __all__ = ["DEFAULT_STEPS", "Run", "describe", "fit", "grid", "sweep", "table"]
 DEFAULT_STEPS = 600
 CHECKPOINTS = "checkpoints"
 CHECKPOINT_STEPS, CHECKPOINT_SECONDS = 1000, 600.0  # whichever comes first
+REFUSALS = 3  # checkpoints in a row that a disk may refuse
 MEASURED = 16_384  # rows that the numbers of a finished run are measured on
 
 
@@ -244,7 +245,7 @@ class _Session:
             steps = DEFAULT_STEPS if tokens is None else tokens // batch_size
         if batch_size % world.token_size:
             raise ValueError(f"batch_size is {batch_size}; it must divide by the {world.token_size} processes")
-        self.steps, self.world = steps, world
+        self.steps, self.world, self._refused = steps, world, 0
         self.out = None if out is None else Path(out)
         self.members = [
             _Member(name, options, None if self.out is None else self.out / name) for name, options in variants.items()
@@ -271,6 +272,8 @@ class _Session:
             if self.out is not None:
                 self._claim(stack)
                 if self._finished():
+                    if self._first:  # a run that ended between its last file and this
+                        checkpoint.clear(self.out / CHECKPOINTS)
                     return [self._loaded(member) for member in self.members]
             for member in self.members:
                 sample = [self._part(member.look(batch)) for batch in self.sample]
@@ -296,7 +299,7 @@ class _Session:
                         break
                     due = lead.step - saved >= (every or CHECKPOINT_STEPS)
                     if due or (every is None and time.monotonic() - clock > CHECKPOINT_SECONDS):
-                        self._checkpoint()
+                        self._try_checkpoint()
                         saved, clock = lead.step, time.monotonic()
                 else:
                     warnings.warn(f"the source ended after {lead.step} of {self.steps} steps", stacklevel=4)
@@ -398,6 +401,17 @@ class _Session:
         parts = [member.trainer.state() for member in self.members]
         if self._first:
             checkpoint.write(self.out / CHECKPOINTS, self.members[0].trainer.step, parts, common)
+
+    def _try_checkpoint(self) -> None:
+        """Save a checkpoint; where the disk refuses, go on with the older ones, and stop at the third time."""
+        try:
+            self._checkpoint()
+            self._refused = 0
+        except OSError as error:
+            self._refused += 1
+            if self._refused == REFUSALS:
+                raise
+            warnings.warn(f"a checkpoint could not be written ({error}); older ones are whole", stacklevel=5)
 
     def _resume(self) -> None:
         """Go to the newest sound checkpoint, if there is one."""

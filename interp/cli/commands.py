@@ -1,43 +1,13 @@
-"""The commands `interp` and `sae`: each a few lines that call the library.
+"""The commands `interp ...`: each a few lines that call the library."""
 
-stdout carries results (with --json: one JSON document), stderr everything else. Exit codes: 0 done, 1 failed, 2 usage,
-3 a model, file or extra is missing, 130 / 143 interrupted or terminated after saving. --debug anywhere shows the
-traceback of an error.
-"""
-
-import json
-import os
-import signal
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-MISSING, FAILED, USAGE, INTERRUPTED, TERMINATED = 3, 1, 2, 130, 143
+from interp.cli.common import FAILED, Device, Json, ModelArg, Quiet, Seed, application, count, emit, flat, lines, say
 
-app = typer.Typer(
-    name="interp", help="See and steer what a language model represents. Start with: interp demo", no_args_is_help=True,
-    add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
-)  # fmt: skip
-sae_app = typer.Typer(
-    name="sae", help="Train and examine sparse autoencoders on activations.", no_args_is_help=True,
-    add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
-)  # fmt: skip
-
-ModelArg = Annotated[str, typer.Argument(help="'tiny' (bundled), a folder, or a hub id")]
-Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout, all else on stderr")]
-Seed = Annotated[int, typer.Option(help="seed of every random choice")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress")]
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _emit(result: dict[str, Any], as_json: bool, lines: list[str]) -> None:
-    print(json.dumps(result, ensure_ascii=False, allow_nan=False) if as_json else "\n".join(lines))
+app = application("interp", "See and steer what a language model represents. Start with: interp demo")
 
 
 @app.command(epilog="Example: interp demo --out first-look")
@@ -57,9 +27,9 @@ def demo(
 
     result = run_demo(
         model, dataset=dataset, out=out, hook=hook, tokens=tokens, seed=seed, device=device,
-        say=(lambda text: None) if quiet else _say,
+        say=(lambda text: None) if quiet else say,
     )  # fmt: skip
-    _emit(result, as_json, [f"{out / 'report.html'}", f"{out / 'run.json'}"])
+    emit(result, as_json, [f"{out / 'report.html'}", f"{out / 'run.json'}"])
 
 
 @app.command(epilog="Example: interp doctor")
@@ -68,7 +38,7 @@ def doctor(as_json: Json = False) -> None:
     from interp.doctor import examine
 
     found = examine()
-    _emit(found, as_json, [f"{name:<18} {value}" for name, value in found.items()])
+    emit(found, as_json, [f"{name:<18} {value}" for name, value in found.items()])
 
 
 @app.command(epilog="Example: interp harvest tiny --hook resid_post.2 --dataset text:a.txt --tokens 2M --out acts")
@@ -99,10 +69,10 @@ def harvest(
     from interp.store.harvest import estimate, harvest_acts
     from interp.store.job import local_device, who_am_i
 
-    wanted = _count(tokens, "--tokens")
+    wanted = count(tokens, "--tokens")
     me, world, known = who_am_i(rank, world_size)
     if world > 1 and not quiet:
-        _say(f"rank {me} of {world} ({known})")
+        say(f"rank {me} of {world} ({known})")
     options: dict[str, Any] = {
         "tokens": wanted, "dtype": dtype, "ctx": ctx, "batch_size": batch_size, "packing": packing, "field": field,
         "exclude": exclude or SAE_EXCLUDE, "shard_mb": shard_mb, "covariance": covariance,
@@ -110,14 +80,14 @@ def harvest(
     loaded = load_model(model, device=local_device(device))
     if dry_run:
         found = estimate(loaded, dataset, hook, **options)
-        return _emit(found, as_json, [f"{name:<24} {value}" for name, value in found.items()])
+        return emit(found, as_json, [f"{name:<24} {value}" for name, value in found.items()])
     store = harvest_acts(
-        loaded, dataset, hook, out=out, rank=me, world_size=world, progress=not quiet, say=_say, **options
+        loaded, dataset, hook, out=out, rank=me, world_size=world, progress=not quiet, say=say, **options
     )
     state = "" if store.complete else " so far"
     found = {"out": str(out), "complete": store.complete, "rows": len(store), "shards": len(store.shards)}
-    count = len(store.shards)
-    _emit(found, as_json, [f"{out}: {len(store):,} rows in {count:,} shard{'s' * (count != 1)}{state}"])
+    shards = len(store.shards)
+    emit(found, as_json, [f"{out}: {len(store):,} rows in {shards:,} shard{'s' * (shards != 1)}{state}"])
 
 
 @app.command(epilog="Example: interp info acts")
@@ -126,9 +96,9 @@ def info(store: Annotated[Path, typer.Argument(help="folder of a store")], as_js
     from interp.store.reader import open_store
 
     found = open_store(store).describe()
-    rows = _flat(found)
+    rows = flat(found)
     width = max(len(name) for name, _ in rows)
-    _emit(found, as_json, [f"{name:<{width}}  {value}" for name, value in rows])
+    emit(found, as_json, [f"{name:<{width}}  {value}" for name, value in rows])
 
 
 @app.command(epilog="Example: interp verify acts --repair")
@@ -141,8 +111,8 @@ def verify(
     from interp.store.verify import repair
     from interp.store.verify import verify as check
 
-    verdict = repair(store, say=_say) if mend else check(store)
-    _emit(verdict.as_dict(), as_json, verdict.lines())
+    verdict = repair(store, say=say) if mend else check(store)
+    emit(verdict.as_dict(), as_json, verdict.lines())
     if not verdict.sound:
         raise typer.Exit(FAILED)
 
@@ -162,7 +132,7 @@ def concept(
     from interp.concepts.finders import fit_direction
     from interp.model.loading import load_model
 
-    texts = [_lines(positive), _lines(negative)]
+    texts = [lines(positive), lines(negative)]
     loaded = load_model(model, device=device)
     name = loaded.hook_point(hook or f"resid_post.{(loaded.n_layers - 1) // 2}").name
     rows = pool(capture_acts(loaded, texts[0] + texts[1], [name]), name, "mean")
@@ -170,7 +140,7 @@ def concept(
     direction = fit_direction(rows, labels, hook=name, model=loaded)
     direction.save(out)
     found = {"out": str(out), "hook": name, "scale": direction.scale, "norm": direction.norm, "n": len(labels)}
-    _emit(found, as_json, [f"{out}: {name}, length {direction.scale:.3g}, median residual norm {direction.norm:.3g}"])
+    emit(found, as_json, [f"{out}: {name}, length {direction.scale:.3g}, median residual norm {direction.norm:.3g}"])
 
 
 @app.command(epilog='Example: interp steer tiny --vector glad.safetensors --strength 0.5 "Tom said the cake was"')
@@ -202,7 +172,7 @@ def steer(
         for r in rows
         for line in (f"prompt     {r['prompt']}", f"unsteered {r['unsteered']}", f"steered   {r['steered']}")
     ]
-    _emit({"hook": given.hook, "strength": strength, "positions": positions, "texts": rows}, as_json, shown)
+    emit({"hook": given.hook, "strength": strength, "positions": positions, "texts": rows}, as_json, shown)
 
 
 @app.command(
@@ -226,137 +196,4 @@ def analogy(
     for row in rows:
         answers = ", ".join(f"{a['word']} {a['cosine']:.2f}" for a in row["answers"])
         shown.append(f"{row['layer']:<12} {answers:<44} {row['honest']}")
-    _emit({"positive": positive, "negative": negative, "layers": rows}, as_json, shown)
-
-
-@sae_app.command("train", epilog="Example: sae train acts.npy --width 16x --k 32 --steps 1000 --out runs/a")
-def sae_train(
-    source: Annotated[str, typer.Argument(help="activations [tok, d_in]: a .npy or .safetensors file")],
-    out: Annotated[Path, typer.Option(help="folder for the autoencoder, run.json and metrics.jsonl")],
-    arch: Annotated[str, typer.Option(help="architecture")] = "batchtopk",
-    width: Annotated[str, typer.Option(help="latents, or a multiple of d_in such as 16x")] = "16x",
-    k: Annotated[float, typer.Option(help="active latents a token")] = 32,
-    steps: Annotated[int | None, typer.Option(help="optimiser steps")] = None,
-    tokens: Annotated[int | None, typer.Option(help="tokens to train on, repeats counted (instead of --steps)")] = None,
-    batch_size: Annotated[int, typer.Option(help="tokens a step")] = 2048,
-    lr: Annotated[float | None, typer.Option(help="peak learning rate; default: by width")] = None,
-    seed: Seed = 0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: where the data lie")] = None,
-    quiet: Quiet = False,
-    as_json: Json = False,
-) -> None:
-    """Train a sparse autoencoder on an array of activations."""
-    from sae.runs import fit
-
-    run = fit(
-        source, arch=arch, width=width, k=k, steps=steps, tokens=tokens, batch_size=batch_size, lr=lr, seed=seed,
-        out=out, device=device, progress=not quiet,
-    )  # fmt: skip
-    last = run.log[-1]
-    _emit({"out": str(out), **last}, as_json, [f"{out}: " + ", ".join(f"{k} {v:.4g}" for k, v in last.items())])
-
-
-@sae_app.command("eval", epilog="Example: sae eval runs/a heldout.npy")
-def sae_eval(
-    run: Annotated[Path, typer.Argument(help="folder of a saved autoencoder")],
-    data: Annotated[Path, typer.Argument(help="activations [tok, d_in]: a .npy or .safetensors file")],
-    as_json: Json = False,
-) -> None:
-    """Measure an autoencoder on activations; every number with its definition."""
-    from sae.evaluation import evaluate_saved
-
-    result = evaluate_saved(run, data)
-    _emit(result.as_dict(), as_json, [str(result)])
-
-
-@sae_app.command("info", epilog="Example: sae info runs/a")
-def sae_info(run: Annotated[Path, typer.Argument(help="folder of a saved autoencoder")], as_json: Json = False) -> None:
-    """Say what a saved autoencoder is."""
-    from sae.runs import describe
-
-    found = describe(run)
-    _emit(found, as_json, [f"{name:<24} {value}" for name, value in found.items()])
-
-
-def _count(text: str | None, flag: str) -> int | None:
-    """Return the number that "500000", "500k" or "2M" means."""
-    if text is None:
-        return None
-    scale = {"k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}.get(text[-1:].lower(), 1)
-    try:
-        return int(float(text.rstrip("kKmMbBgG").replace("_", "")) * scale)
-    except (ValueError, OverflowError):
-        raise typer.BadParameter(f"{flag} {text!r} is no number; write 500000, 500k or 2M") from None
-
-
-def _flat(table: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Return a nested table as (dotted name, value) pairs."""
-    rows: list[tuple[str, Any]] = []
-    for name, value in table.items():
-        rows += _flat(value, f"{prefix}{name} ") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
-    return rows
-
-
-def _lines(path: Path) -> list[str]:
-    from sae.extras import MissingError
-
-    if not path.is_file():
-        raise MissingError(f"there is no file {path}")
-    texts = [line for line in path.read_text(encoding="utf8").splitlines() if line.strip()]
-    if not texts:
-        raise ValueError(f"{path} holds no text; it needs one text a line")
-    return texts
-
-
-class _Terminated(BaseException):
-    """SIGTERM: leaves through every `finally`, as Ctrl-C does."""
-
-
-def _terminate(number: int, frame: Any) -> None:
-    raise _Terminated
-
-
-def _run(application: typer.Typer) -> None:
-    debug = "--debug" in sys.argv[1:]
-    sys.argv[1:] = [arg for arg in sys.argv[1:] if arg != "--debug"]
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # threads that spin at barriers slow each other tenfold on a busy machine; read when torch is loaded
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    signal.signal(signal.SIGTERM, _terminate)
-    try:
-        application()
-    except (KeyboardInterrupt, _Terminated) as stop:
-        _say("interrupted: what was finished is kept" if isinstance(stop, KeyboardInterrupt) else "terminated")
-        sys.exit(INTERRUPTED if isinstance(stop, KeyboardInterrupt) else TERMINATED)
-    except Exception as error:
-        if debug:
-            raise
-        _say(f"error: {_first_line(error)}")
-        sys.exit(_exit_code(error))
-
-
-def _first_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    known = isinstance(error, (ValueError, LookupError, OSError, RuntimeError, TypeError, ArithmeticError, MemoryError))
-    return text if known and text else f"{type(error).__name__}: {text} (run again with --debug for the traceback)"
-
-
-def _exit_code(error: Exception) -> int:
-    if type(error).__name__ == "HookPointError":  # not imported: errors may come before torch is needed
-        return USAGE
-    return MISSING if isinstance(error, FileNotFoundError) else FAILED
-
-
-def main() -> None:
-    """Run the command `interp`."""
-    _run(app)
-
-
-def sae_main() -> None:
-    """Run the command `sae`."""
-    _run(sae_app)
-
-
-if __name__ == "__main__":
-    main()
+    emit({"positive": positive, "negative": negative, "layers": rows}, as_json, shown)
