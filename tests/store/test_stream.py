@@ -86,6 +86,14 @@ def test_outliers_are_left_out_as_a_harvest_does(model, stream, harvest, tmp_pat
     assert len(rows) < sum(len(b) for b in stream(model=loud, hooks=["embed"]).batches(1, epochs=1))
 
 
+def test_each_batch_has_a_median_of_its_own(stream, harvest, tmp_path):
+    store = harvest(tmp_path / "s", exclude=(*PLAIN, "outlier:1.02"))  # so near that every median tells
+    for hook in HOOKS:
+        batches = stream(exclude=(*PLAIN, "outlier:1.02")).batches(50, hook, shuffle=False, epochs=1, drop_last=False)
+        assert torch.equal(torch.cat(list(batches)), store[hook][:])
+    assert 100 < len(store) < 800
+
+
 def in_order(values, key):
     order = permute(np.arange(len(values), dtype=np.uint64), len(values), key)
     return [values[i] for i in order.astype(int)]
@@ -111,7 +119,7 @@ def test_windows_of_a_block_and_rows_of_a_chunk_come_in_the_order_of_their_permu
 
 
 def test_rows_travel_as_far_as_a_block_reaches(stream):
-    """What the first tenth of the batches has of that of the text: nearly all in small blocks, a tenth in a large one."""
+    """What the first tenth of the batches has of that of the text: nearly all in small blocks, not in a large one."""
     text = torch.cat(list(stream().batches(1, HOOKS[0], shuffle=False, epochs=1)))
     tenth = len(text) // 10
     for mix_tokens, low, high in ((128, 0.8, 1.0), (10**6, 0.0, 0.3)):
