@@ -89,7 +89,9 @@ def test_outliers_are_left_out_as_a_harvest_does(model, stream, harvest, tmp_pat
 def test_each_batch_has_a_median_of_its_own(stream, harvest, tmp_path):
     store = harvest(tmp_path / "s", exclude=(*PLAIN, "outlier:1.02"))  # so near that every median tells
     for hook in HOOKS:
-        batches = stream(exclude=(*PLAIN, "outlier:1.02")).batches(50, hook, shuffle=False, epochs=1, drop_last=False)
+        batches = stream(exclude=(*PLAIN, "outlier:1.02"), buffer_rows=500, mix_tokens=9999).batches(
+            50, hook, shuffle=False, epochs=1, drop_last=False
+        )
         assert torch.equal(torch.cat(list(batches)), store[hook][:])
     assert 100 < len(store) < 800
 
