@@ -94,14 +94,14 @@ class TrainConfig:
     lr: int | float | None = None
     """Peak learning rate of Adam; None: by length of the run and width, see resolve."""
 
-    warmup: int | float = 0.05
+    warmup: int | float = 0.02
     """Share of the steps in which the learning rate rises linearly from 0."""
 
-    decay: int | float = 0.3
+    decay: int | float = 0.2
     """Share of the steps, at the end, in which it falls linearly to 0."""
 
-    betas: tuple[int | float, int | float] = (0.9, 0.999)
-    """Adam's decay rates of the first and second moment."""
+    betas: tuple[int | float, int | float] = (0.9, 0.95)
+    """Adam's decay rates of the first and second moment; a latent that fires rarely has long forgotten 0.999's past."""
 
     clip: int | float = 1.0
     """Largest norm of the whole gradient; the loss is scale-free, so this is too."""

@@ -3,7 +3,7 @@
 import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -88,6 +88,10 @@ class Store(Protocol):
     @property
     def hooks(self) -> list[str]:
         """Canonical names of the hook points."""
+        ...
+
+    def name(self, hook: str) -> str:
+        """Return the canonical name of a hook point. Raises LookupError or ValueError for one that it has not."""
         ...
 
     def batches(self, batch_size: int, hook: Any = None, *, seed: int = 0) -> Feed:
@@ -271,6 +275,8 @@ class Opened:
     """What makes two sources the same, as far as it can be known."""
     metadata: dict[str, Any]
     """What an SAE should remember of where it belongs."""
+    names: dict[str, str] = field(default_factory=dict)
+    """Canonical names of the hook points, by how they were asked for."""
 
 
 def open_source(
@@ -287,13 +293,16 @@ def open_source(
     if isinstance(source, Store):
         names = list(dict.fromkeys(hooks))
         feed = source.batches(batch_size, names or None, seed=seed)
+        canonical = {name: source.name(name) for name in names}
         about = source.describe()
         facts = {name: about[name] for name in ("fingerprint", "model", "rows", "dataset") if name in about}
         model = about.get("model")
         named = {"model_name": model["name"]} if isinstance(model, Mapping) and "name" in model else {}
         if not names:
             named["hook_name"] = source.hooks[0]
-        return Opened(feed=Lookahead(_Renamed(feed, names)), held_out=None, facts=facts, metadata=named)
+        return Opened(
+            feed=Lookahead(_Renamed(feed, names)), held_out=None, facts=facts, metadata=named, names=canonical
+        )
     if hooks:
         raise ValueError(f"only a store has hook points; leave hook out ({', '.join(hooks)} given)")
     feed = source if isinstance(source, Feed) else Counted(rebatched(source, batch_size))

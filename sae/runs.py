@@ -206,7 +206,9 @@ class _Member:
             return batch[self.hook], batch[self.target]
         return batch[self.hook] if isinstance(self.hook, str) else torch.stack([batch[h] for h in self.hook], 1)
 
-    def build(self, batch: Any, cfg: TrainConfig, device: Any, metadata: dict[str, Any]) -> None:
+    def build(
+        self, batch: Any, cfg: TrainConfig, device: Any, metadata: dict[str, Any], names: Mapping[str, str]
+    ) -> None:
         """Make the SAE that fits a batch. Raises ValueError for options that do not fit."""
         rows = self.look(batch)
         x, y = rows if isinstance(rows, tuple) else (rows, None)
@@ -220,9 +222,10 @@ class _Member:
         sites = x.shape[1] if x.ndim == 3 else 1
         named = dict(metadata)
         if self.hook is not None:
-            named |= {"hook_name": self.hook if isinstance(self.hook, str) else list(self.hook)}
-        if self.target is not None:
-            named |= {"hook_name_out": self.target}
+            full = [names[hook] for hook in self.hooks()]
+            read = full[: len(full) - (self.target is not None)]
+            named |= {"hook_name": read[0] if isinstance(self.hook, str) else read}
+            named |= {"hook_name_out": full[-1]} if self.target is not None else {}
         sae = build(
             self.arch, d_in=d_in, d_sae=_width(self.width, d_in // sites), k=self.k, skip=self.skip, n_sites=sites,
             d_out=None if y is None else y.shape[1], levels=self.levels, seed=self.seed, metadata=named,
@@ -257,7 +260,7 @@ class _Session:
         if not self.sample:
             raise ValueError(f"the source gave less than one batch of {batch_size} tokens")
         for member in self.members:
-            member.build(self.sample[0], cfg, device, opened.metadata | (metadata or {}))
+            member.build(self.sample[0], cfg, device, opened.metadata | (metadata or {}), opened.names)
         self.config = {
             "data": opened.facts,
             "device": str(self.members[0].sae.enc.device),

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from interp.cli.common import USAGE, Json, Quiet, Seed, application, count, emit, say
+from interp.cli.common import USAGE, Json, Quiet, Seed, application, count, emit, flat, say
 
 app = application("sae", "Train and examine sparse autoencoders on activations.")
 
@@ -144,7 +144,9 @@ def info(run: RunArg, as_json: Json = False) -> None:
     from sae.runs import describe
 
     found = describe(run)
-    emit(found, as_json, [f"{name:<24} {value}" for name, value in found.items()])
+    rows = flat(found)
+    width = max(len(name) for name, _ in rows)
+    emit(found, as_json, [f"{name:<{width}}  {value}" for name, value in rows])
 
 
 def _source(source: str, dataset: str | None, hooks: list[str], ctx: int | None, device: str | None) -> Any:

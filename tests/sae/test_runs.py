@@ -223,6 +223,9 @@ class Shelf:
     def __init__(self, rows: torch.Tensor) -> None:
         self.rows = {"a.long": rows, "b.long": rows[:, :20] * 3 + 1}
 
+    def name(self, hook: str) -> str:
+        return f"{hook}.long"
+
     def describe(self) -> dict:
         return {"fingerprint": "f", "model": {"name": "m"}, "rows": len(self.rows["a.long"])}
 
@@ -247,13 +250,18 @@ class Both(Shuffled):
 def test_a_store_gives_autoencoders_transcoders_and_crosscoders(tmp_path, world):
     shelf = Shelf(world.sample(4096, seed=2)[0])
     one = fit(shelf, **KIND, steps=10, hook="a", out=tmp_path / "one")
-    assert one.sae.config.metadata == {"model_name": "m", "hook_name": "a"} and one.sae.d_in == 24
+    assert one.sae.config.metadata == {"model_name": "m", "hook_name": "a.long"} and one.sae.d_in == 24
     across = fit(shelf, **KIND, steps=150, hook="a", target="b", skip=True, out=tmp_path / "across")
     assert (across.sae.d_in, across.sae.d_out) == (24, 20) and across.sae.W_skip is not None
-    assert across.result["fve"] > 0.5 and across.sae.config.metadata["hook_name_out"] == "b"
+    assert across.result["fve"] > 0.5 and across.sae.config.metadata["hook_name_out"] == "b.long"
     assert torch.equal(sae.load_sae(tmp_path / "across").W_dec, across.sae.W_dec)
     crossed = fit(shelf, **(KIND | {"k": 4}), steps=5, hook=["a", "a"], out=tmp_path / "crossed")
-    assert crossed.sae.config.n_sites == 2 and crossed.sae.d_sae == 64 and crossed.sae.d_in == 48
+    assert (
+        crossed.sae.config.metadata["hook_name"] == ["a.long", "a.long"]
+        and crossed.sae.config.n_sites == 2
+        and crossed.sae.d_sae == 64
+        and crossed.sae.d_in == 48
+    )
     both = sweep(shelf, grid(hook=["a", "b"], width=64, k=3), steps=5, batch_size=128)
     assert [run.sae.d_in for run in both] == [24, 20] and [run.name for run in both] == ["a", "b"]
     with pytest.raises(ValueError, match="no hook points"):
