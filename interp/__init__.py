@@ -13,14 +13,16 @@ if TYPE_CHECKING:
     from interp.concepts.finders import fit_direction
     from interp.concepts.probes import evaluate_probe, fit_probe
     from interp.concepts.steering import add, steer
+    from interp.features.evaluation import evaluate_on_model
     from interp.features.splice import ce_recovered, splice
     from interp.model.loading import Model, load_model
     from interp.report.pages import write_report
     from interp.space.neighbors import Space
     from interp.store.harvest import harvest_acts
     from interp.store.reader import ActivationStore, open_store
+    from interp.store.stream import stream_acts
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 _HOME = {
     "ActivationStore": "store.reader",
@@ -32,6 +34,7 @@ _HOME = {
     "capture_acts": "acts.capture",
     "ce_recovered": "features.splice",
     "effects": "concepts.effects",
+    "evaluate_on_model": "features.evaluation",
     "evaluate_probe": "concepts.probes",
     "fit_direction": "concepts.finders",
     "fit_probe": "concepts.probes",
@@ -40,6 +43,7 @@ _HOME = {
     "open_store": "store.reader",
     "splice": "features.splice",
     "steer": "concepts.steering",
+    "stream_acts": "store.stream",
     "write_report": "report.pages",
 }
 __all__ = [
@@ -52,6 +56,7 @@ __all__ = [
     "capture_acts",
     "ce_recovered",
     "effects",
+    "evaluate_on_model",
     "evaluate_probe",
     "fit_direction",
     "fit_probe",
@@ -60,6 +65,7 @@ __all__ = [
     "open_store",
     "splice",
     "steer",
+    "stream_acts",
     "write_report",
 ]
 

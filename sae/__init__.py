@@ -7,9 +7,10 @@ if TYPE_CHECKING:
     from sae.archs.base import SAE
     from sae.config import TrainConfig
     from sae.evaluation import evaluate
-    from sae.formats import load_sae, save_sae
-    from sae.runs import fit
+    from sae.formats import load_sae, push_to_hub, save_sae
+    from sae.runs import fit, grid, sweep, table
     from sae.training import train
+    from sae.truth import score_against_truth
 
 # Loaded on first use (PEP 562), so that `import sae` does not pay for torch.
 _HOMES = {
@@ -19,12 +20,32 @@ _HOMES = {
     "build": "sae.archs",
     "evaluate": "sae.evaluation",
     "fit": "sae.runs",
+    "grid": "sae.runs",
     "load_sae": "sae.formats",
+    "push_to_hub": "sae.formats",
     "save_sae": "sae.formats",
+    "score_against_truth": "sae.truth",
+    "sweep": "sae.runs",
+    "table": "sae.runs",
     "train": "sae.training",
 }
 
-__all__ = ["ARCHS", "SAE", "TrainConfig", "build", "evaluate", "fit", "load_sae", "save_sae", "train"]
+__all__ = [
+    "ARCHS",
+    "SAE",
+    "TrainConfig",
+    "build",
+    "evaluate",
+    "fit",
+    "grid",
+    "load_sae",
+    "push_to_hub",
+    "save_sae",
+    "score_against_truth",
+    "sweep",
+    "table",
+    "train",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -1,4 +1,4 @@
-"""Scale-free training losses: shares of the data's variance, and of the residual, that are left unexplained."""
+"""AuxK: the share of the residual that the dead latents leave unexplained."""
 
 import torch
 from jaxtyping import Float
@@ -6,15 +6,7 @@ from torch import Tensor
 
 from sae.dist import ALONE, World
 
-__all__ = ["aux_k_loss", "reconstruction_loss"]
-
-
-def reconstruction_loss(error: Float[Tensor, "tok d_in"], variance: Float[Tensor, ""]) -> Float[Tensor, ""]:
-    """Return the mean squared error a token over the data's total variance a token: 1 for the mean as a guess.
-
-    Divided by a variance, the loss and every coefficient beside it mean the same at any width and activation scale.
-    """
-    return error.square().sum() / (error.shape[0] * variance)
+__all__ = ["aux_k_loss"]
 
 
 def aux_k_loss(

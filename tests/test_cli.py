@@ -49,6 +49,13 @@ CASES: list[tuple[str, int, list[str], str]] = [
     ("not finite", 1, ["sae", "train", "nan.npy", "--out", "x", "--steps", "2", "--batch-size", "8"], "nan"),
     ("no such run", 3, ["sae", "eval", "no-run", "nan.npy"], "no-run"),
     ("k too large", 1, ["sae", "train", "ok.npy", "--out", "x", "--k", "99", "--width", "16"], "99"),
+    ("no such run alone", 3, ["sae", "eval", "no-run"], "no-run"),
+    ("no such arch", 1, ["sae", "train", "ok.npy", "--out", "x", "--arch", "batchtop"], "closest: batchtopk"),
+    ("no such option", 1, ["sae", "train", "ok.npy", "--out", "x", "--option", "aux=1", "--k", "2"], "TrainConfig"),
+    ("bad sweep", 2, ["sae", "train", "ok.npy", "--out", "x", "--sweep", "k"], "name=value"),
+    ("no hook point", 2, ["sae", "train", "tiny", "--dataset", "text:short.txt", "--out", "x"], "--hook"),
+    ("folder, no store", 3, ["sae", "train", ".", "--out", "x"], "interp harvest"),
+    ("nothing to convert", 3, ["sae", "convert", "no-run", "x"], "no-run"),
 ]  # fmt: skip
 
 
@@ -239,3 +246,49 @@ def test_help_is_quick_and_loads_no_torch():
     )
     assert done.stdout.strip().endswith("False")
     assert "analogy" in done.stdout
+
+
+def test_sae_sweep_convert_and_eval_through_the_model(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    (folder / "short.txt").write_text("Tom and Sue went to the park. They saw a red ball.\n\n" * 300)
+    assert call([*HARVEST, "--tokens", "3k", "--out", "acts", "--quiet"], monkeypatch) == 0
+    line = ["sae", "train", "acts", "--steps", "3", "--batch-size", "256", "--width", "64", "--k", "4", "--quiet"]
+    capsys.readouterr()
+    assert call([*line, "--sweep", "arch=topk,relu", "--out", "runs", "--json"], monkeypatch) == 0
+    assert [run["name"] for run in json.loads(capsys.readouterr().out)["runs"]] == ["topk", "relu"]
+    model = ["sae", "train", "tiny", "--dataset", "text:short.txt", "--hook", "resid_post.1", *line[3:]]
+    assert call([*model, "--target", "resid_post.2", "--out", "across"], monkeypatch) == 0
+    capsys.readouterr()
+    assert call(["sae", "info", "across"], monkeypatch) == 0
+    assert "blocks.2.hook_resid_post" in capsys.readouterr().out
+    assert call(["sae", "convert", "runs/relu", "exported", "--to", "dictionary_learning"], monkeypatch) == 0
+    capsys.readouterr()
+    through = ["--model", "tiny", "--dataset", "text:short.txt", "--tokens", "600", "--json"]
+    assert call(["sae", "eval", "exported", "--hook", "resid_post.1", *through], monkeypatch) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "ce_recovered" in json.dumps(found) and "kl" in json.dumps(found)
+    assert call(["sae", "eval", "exported"], monkeypatch) == 2
+    assert "--dataset" in capsys.readouterr().err
+
+
+def test_a_training_that_is_stopped_says_so_and_goes_on(folder: Path):
+    np.save(folder / "rows.npy", np.random.default_rng(0).normal(size=(4096, 32)).astype("float32"))
+    line = [
+        sys.executable,
+        "-m",
+        "interp.cli.sae",
+        "train",
+        "rows.npy",
+        "--steps",
+        "100000",
+        "--width",
+        "64",
+        "--k",
+        "4",
+    ]
+    run = subprocess.Popen([*line, "--out", "run"], cwd=folder, stderr=subprocess.PIPE, text=True)
+    while not (folder / "run" / "metrics.jsonl").exists() or not (folder / "run" / "metrics.jsonl").stat().st_size:
+        time.sleep(0.1)
+        assert run.poll() is None
+    run.send_signal(signal.SIGINT)
+    assert run.wait(60) == 130 and "Traceback" not in run.stderr.read()
+    assert list((folder / "run" / "checkpoints").glob("step-*")) and (folder / "run" / "cfg.json").exists()

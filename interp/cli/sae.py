@@ -61,7 +61,10 @@ def train(
     leave_world()
     if world.rank:
         return
-    results = [{"name": run.name, "out": str(out / run.name), **run.result} for run in runs]
+    results = [
+        {"name": run.name, "out": str(out / run.name), "step": run.log[-1]["step"], "seconds": run.log[-1]["seconds"],
+         **run.result} for run in runs
+    ]  # fmt: skip
     lines = [table(runs)] if sweep else [f"{out}: " + ", ".join(f"{n} {v:.4g}" for n, v in _shown(runs[0].result))]
     emit({"runs": results} if sweep else results[0], as_json, lines)
 
@@ -193,3 +196,9 @@ def _whole(value: float) -> float | int:
 
 def _shown(result: dict[str, Any]) -> list[tuple[str, float]]:
     return [(name, value) for name, value in result.items() if isinstance(value, int | float)]
+
+
+if __name__ == "__main__":  # for torchrun, which starts Python itself
+    from interp.cli import sae_main
+
+    sae_main()

@@ -27,7 +27,6 @@ from interp.model.hooks import HookPointError, editing
 from interp.model.loading import load_model
 from interp.store.chunks import Passage
 from interp.store.shuffle import permute
-from interp.store.sites import paired, stacked
 from interp.store.stream import stream_acts
 from sae.data import Store
 from sae.extras import MissingError
@@ -472,26 +471,6 @@ def test_a_buffer_of_so_many_megabytes_holds_two_chunks(stream):
     assert 0.3e6 < one <= 0.5e6  # room for a chunk, as large as it may get
     with pytest.raises(ValueError, match="buffer_mb"):
         stream(buffer_mb=0.001)
-
-
-def test_pairs_and_stacks_are_made_of_a_stream_and_of_a_store_and_resume(stream, reference):
-    from interp.store.reader import open_store
-
-    for source in (stream(), open_store(reference)):
-        plain = some(source.batches(40, HOOKS, seed=5), 9)
-        pairs = paired(source.batches(40, HOOKS, seed=5), "resid_post.1", A)
-        x, y = next(iter(pairs))
-        assert torch.equal(x, plain[0][B]) and torch.equal(y, plain[0][A])
-        stacks = stacked(source.batches(40, HOOKS, seed=5))
-        first = some(stacks, 4)
-        assert first[3].shape == (40, 2, 16) and torch.equal(first[3][:, 1], plain[3][B])
-        again = stacked(source.batches(40, HOOKS, seed=5), ["resid_post.1", "resid_post.0"])
-        again.restore(through_json(stacks.state()))
-        assert equal(some(again, 5), [torch.stack([p[B], p[A]], 1) for p in plain[4:9]])
-        with pytest.raises(HookPointError, match="no hook point"):
-            next(iter(paired(source.batches(40, HOOKS), A, "resid_post.7")))
-        with pytest.raises(ValueError, match="one hook point"):
-            next(iter(stacked(source.batches(40, HOOKS[0]))))
 
 
 def test_an_autoencoder_learns_alike_from_a_stream_with_and_without_the_thread(stream):
