@@ -236,6 +236,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--peers", default="interp,sparsify,dictionary_learning,saelens")
     parser.add_argument("--archs", default="batchtopk,topk")
+    parser.add_argument("--name", help="of the result's file; default: sae_quality, or sae_quality_gate")
     args = parser.parse_args()
     if args.gate:
         args.seeds, args.ks, args.lr = 1, "8", args.lr or 1e-3
@@ -262,7 +263,7 @@ def main() -> None:
                 data.path.unlink()
     rows = summary(runs)
     settings = {name: value for name, value in vars(args).items() if name != "contenders"}
-    file = "sae_quality_gate" if args.gate else "sae_quality"
+    file = args.name or ("sae_quality_gate" if args.gate else "sae_quality")
     timing.report(file, shown(rows), machine=machine, settings=settings, numbers=rows, runs=runs)
 
 

@@ -194,7 +194,7 @@ def _whole(value: float) -> float | int:
     return int(value) if value == int(value) else value
 
 
-def _shown(result: dict[str, Any]) -> list[tuple[str, float]]:
+def _shown(result: dict[str, Any]) -> list[tuple[str, int | float]]:
     return [(name, value) for name, value in result.items() if isinstance(value, int | float)]
 
 
