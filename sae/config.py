@@ -106,6 +106,9 @@ class TrainConfig:
     clip: int | float = 1.0
     """Largest norm of the whole gradient; the loss is scale-free, so this is too."""
 
+    bf16: bool = True
+    """On CUDA alone: choose the active latents by a product in bfloat16; their values and all weights stay float32."""
+
     normalize: str = "sqrt_d"
     """Of the input while training: "none", "sqrt_d" (mean norm about sqrt(d), each site by itself), "whiten"."""
 

@@ -170,21 +170,29 @@ def encode_active(
     enc_bias: Float[Tensor, " d_sae"],
     dec_bias: Float[Tensor, " d_in"] | None,
     select: Callable[[Tensor], Int[Tensor, " n"] | None],
+    *,
+    half: bool = False,
 ) -> tuple[Float[Tensor, "..."], Active | None]:
     """Return the pre-activations of the selected latents and their pattern.
 
     select maps all pre-activations to ascending flattened positions, or to None where so many are wanted that dense
     products are faster: then all of them are returned. dec_bias is taken from x first, unless it is None. Gradients
-    reach enc, enc_bias and dec_bias, not x: the data is given.
+    reach enc, enc_bias and dec_bias, not x: the data is given. With half the product that selects is in bfloat16; the
+    values of what is selected are computed anew in the weights' precision.
     """
     with torch.no_grad():
         centred = x if dec_bias is None else x - dec_bias
-        pre = torch.addmm(enc_bias, centred, enc.t())
+        if half:
+            pre = (centred.bfloat16() @ enc.bfloat16().t()).to(enc.dtype).add_(enc_bias)
+        else:
+            pre = torch.addmm(enc_bias, centred, enc.t())
         flat = select(pre)
+        if flat is not None:
+            active = active_from(flat, (pre.shape[0], pre.shape[1]))
+            raw = _sampled_product(active, centred, enc) + enc_bias[active.cols] if half else pre.view(-1)[flat]
     if flat is None:
         return F.linear(x if dec_bias is None else x - dec_bias, enc, enc_bias), None
-    active = active_from(flat, (pre.shape[0], pre.shape[1]))
-    return _ActiveValues.apply(enc, enc_bias, dec_bias, centred, pre, active), active  # type: ignore[return-value]
+    return _ActiveValues.apply(enc, enc_bias, dec_bias, centred, raw, active), active  # type: ignore[return-value]
 
 
 def decode_active(
@@ -212,11 +220,11 @@ def dense_forward(
 class _ActiveValues(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, enc: Tensor, enc_bias: Tensor, dec_bias: Tensor | None, centred: Tensor, pre: Tensor, active: Active
+        ctx: Any, enc: Tensor, enc_bias: Tensor, dec_bias: Tensor | None, centred: Tensor, raw: Tensor, active: Active
     ):
         ctx.save_for_backward(enc, centred)
         ctx.active, ctx.biased = active, dec_bias is not None
-        return pre.view(-1)[active.flat]
+        return raw
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):

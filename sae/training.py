@@ -167,7 +167,8 @@ class Trainer:
         target = z if y is x else sae.outward.into(y.to(sae.enc.dtype))
         tokens = len(x) * world.token_size
         bias = world.spread(sae.dec_bias) if sae.config.centred else None
-        raw, active = encode_active(z, sae.enc, sae.enc_bias, bias, sae.select)
+        half = cfg.bf16 and z.device.type == "cuda"
+        raw, active = encode_active(z, sae.enc, sae.enc_bias, bias, sae.select, half=half)
         whole = (lambda p: p) if active is None else (lambda p: p[active.cols])
         values = sae.values(raw, whole)
         error = self._error(z, target, values, active)

@@ -90,6 +90,20 @@ def test_rows_of_equal_numbers_have_a_top_k_too():
     assert len(largest_in_rows(torch.zeros(4, 1024), 16)) == 64
 
 
+def test_a_product_in_bfloat16_chooses_and_the_values_stay_exact():
+    enc, enc_bias, dec_bias, _ = (w.float().requires_grad_() for w in weights(5))
+    x = torch.randn(B, D, generator=torch.Generator().manual_seed(1))
+    whole = torch.addmm(enc_bias, x - dec_bias, enc.t())
+    raw, active = encode_active(x, enc, enc_bias, dec_bias, lambda pre: largest(pre, B * K), half=True)
+    assert active is not None
+    torch.testing.assert_close(raw, whole.flatten()[active.flat], rtol=1e-5, atol=1e-5)
+    chosen = set(active.flat.tolist())
+    assert len(chosen & set(largest(whole, B * K).tolist())) > 0.97 * B * K  # near ties may fall otherwise
+    wanted = torch.autograd.grad(whole.flatten()[active.flat].square().sum(), [enc, enc_bias, dec_bias])
+    for ours, reference in zip(torch.autograd.grad(raw.square().sum(), [enc, enc_bias, dec_bias]), wanted, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("levels", [(40,), (5, 40), (1, 2, 20, 39, 40)])
 def test_nested_prefixes_by_one_sparse_product_are_products_of_the_prefixes(levels):
     enc, enc_bias, dec_bias, dec = (w.clone().requires_grad_() for w in weights(4))
