@@ -122,7 +122,11 @@ class TrainConfig:
     """relu: power of the sparsity penalty, sum |f|^lp."""
 
     bandwidth: int | float = 0.5
-    """jumprelu: width of the straight-through window around a threshold, where the input has norm sqrt(d)."""
+    """jumprelu: width of the straight-through window around a threshold, where the input has norm sqrt(d).
+
+    Wider windows keep more latents alive and cost more: 12, 6 and 0.4 % silent at 0.5, 1 and 2 after 300 steps, FVE
+    .928, .927 and .926, a step 1.5, 2.2 and 10 times that of batchtopk.
+    """
 
     level_weights: tuple[int | float, ...] | None = None
     """matryoshka: weight of each level's loss; None: all equal."""

@@ -276,5 +276,5 @@ def test_rows_that_are_held_out_do_not_teach(world):
     held = held_out_mask(6000)
     mixed = acts.clone()
     mixed[held] += 1000  # a mean that nobody could miss
-    run = fit(mixed, width=64, k=3, steps=1, batch_size=128, lr=1e-9)
+    run = fit(mixed, width=64, k=3, steps=44, batch_size=128, lr=1e-9)
     torch.testing.assert_close(run.sae.b_dec.detach(), acts[~held].mean(0), rtol=0.05, atol=0.05)
