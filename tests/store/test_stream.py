@@ -406,6 +406,7 @@ def test_a_stopped_chunk_is_begun_again_and_no_row_is_lost(stream):
 def test_the_model_can_be_used_and_edited_beside_the_stream(stream, model, texts):
     full = some(stream(prefetch=False).batches(64, HOOKS[1]), 25)
     alone = capture_acts(model, texts[:8], HOOKS)
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.hf.modules()]
     model.hf.train()
     found = []
     for _, batch in zip(range(25), stream(prefetch=True).batches(64, HOOKS[1]), strict=False):
@@ -417,7 +418,7 @@ def test_the_model_can_be_used_and_edited_beside_the_stream(stream, model, texts
     assert model.hf.training
     model.hf.eval()
     assert equal(found, full)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.hf.modules())
+    assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.hf.modules()] == hooks
 
 
 def test_the_thread_shares_every_weight_and_draws_no_random_number(stream, model):
