@@ -135,8 +135,8 @@ def largest_in_rows(pre: Float[Tensor, "tok d_sae"], k: int) -> Int[Tensor, " n_
         bound = maxima.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
         at = _nonzero(pre >= bound)
         counts = _starts(torch.div(at, width, rounding_mode="floor"), tokens)
-        most = int(counts.diff().max())
-        if most > 8 * k:  # rows of equal numbers
+        fewest, most = (int(value) for value in torch.aminmax(counts.diff()))
+        if fewest < k or most > 8 * k:  # rows with nan, which exceeds nothing; rows of equal numbers
             cols = torch.topk(pre, k, dim=1, sorted=False).indices
         else:
             slot = counts[:-1, None] + torch.arange(most)

@@ -6,22 +6,13 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from sae.io import FormatError, atomic_write
 from sae.tracking import Tracker
-from sae.training import Step, Trainer
+from sae.training import Step
 
-__all__ = ["Member", "Papers", "deferred", "differences", "keep_log", "read_log"]
-
-
-class Member(Protocol):
-    """One SAE that is trained, as its papers see it."""
-
-    name: str
-    out: Path | None
-    log: list[dict[str, int | float]]
-    trainer: Trainer
+__all__ = ["Papers", "deferred", "differences", "keep_log", "read_log"]
 
 
 class Papers:

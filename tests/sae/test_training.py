@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import sae
+from sae.archs import ARCHS
 from sae.config import TrainConfig
 from sae.data import Shuffled, held_out_mask, rebatched
 from sae.evaluation import evaluate_saved
@@ -139,9 +140,17 @@ def test_what_cannot_be_learned_from_raises(world):
     }.items():
         with pytest.raises(ValueError, match=words):
             next(train(fresh(), batches, CFG))
-    poisoned = [acts] + [acts * torch.nan] * 200
-    with pytest.raises(FloatingPointError, match="lower the lr"):
-        list(train(fresh(), poisoned, TrainConfig(steps=201, lr=1e-2, init_tokens=256)))
+
+
+@pytest.mark.parametrize("d_sae", [64, 1024])  # selection goes by groups of columns where there are many
+@pytest.mark.parametrize("arch", sorted(ARCHS))
+def test_activations_that_turn_into_nan_stop_the_training_and_say_so(arch, d_sae, world):
+    acts = world.sample(256, seed=2)[0]
+    x = sae.build(arch, d_in=24, d_sae=d_sae, k=3, seed=5)
+    for poison in (acts * torch.nan, torch.cat([acts[:128], acts[128:] * torch.nan])):
+        with pytest.raises(FloatingPointError, match="lower the lr"):
+            list(train(x, [acts] + [poison] * 101, TrainConfig(steps=102, lr=1e-2, init_tokens=256)))
+        x = sae.build(arch, d_in=24, d_sae=d_sae, k=3, seed=5)
 
 
 def test_an_epoch_shows_every_row_once_in_an_order_of_its_own():
