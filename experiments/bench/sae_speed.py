@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=5, help="timed steps a process")
     parser.add_argument("--warmup", type=int, default=10, help="steps before them")
+    parser.add_argument("--name", help="of the result's file; default: sae_speed, or sae_speed_quick")
     parser.add_argument("--quick", action="store_true", help="a small shape once, to see that everything runs")
     args = parser.parse_args()
     if args.quick:
@@ -80,8 +81,7 @@ def main() -> None:
         for d_in in map(int, args.d_in.split(",")):
             for threads in map(int, args.threads.split(",")):
                 rows += measure(args, arch, d_in, threads)
-    name = "sae_speed_quick" if args.quick else "sae_speed"
-    timing.report(name, rows, machine=machine, settings=vars(args))
+    timing.report(args.name or ("sae_speed_quick" if args.quick else "sae_speed"), rows, machine=machine, settings=vars(args))
 
 
 if __name__ == "__main__":

@@ -79,6 +79,7 @@ def evaluate(
     tokens: Annotated[str, typer.Option(help="tokens to measure on")] = "50k",
     probe: Annotated[list[str] | None, typer.Option(help="probe for a concept, such as sentiment; repeat it")] = None,
     absorption: Annotated[bool, typer.Option("--absorption", help="measure absorption of first letters")] = False,
+    labels: Annotated[int, typer.Option(help="latents to explain by lists of tokens: detection, fuzzing")] = 0,
     format: Annotated[str | None, typer.Option(help="of the saved autoencoder; default: recognised")] = None,
     seed: Seed = 0,
     as_json: Json = False,
@@ -93,7 +94,7 @@ def evaluate(
 
         found: Any = evaluate_on_model(
             load_model(model), loaded, hook, dataset, tokens=count(tokens, "--tokens") or 0, probing=probe or (),
-            absorption=absorption, seed=seed,
+            absorption=absorption, labels=labels, seed=seed,
         )  # fmt: skip
     elif data is not None and model is None and dataset is None:
         from sae.data import load_array

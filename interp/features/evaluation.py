@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.acts.capture import capture_packed
+from interp.acts.capture import Acts, capture_packed
 from interp.data.generator import Labelled
 from interp.features import absorption as absorbing
+from interp.features import labels as labelling
 from interp.features import probing as probes
 from interp.features.splice import SpliceLoss, SpliceTally, check_fit
 from interp.model.sources import read_source
@@ -51,6 +52,9 @@ DEFINITIONS: Mapping[str, str] = MappingProxyType(
         "absorption_full": absorbing.DEFINITIONS["full"],
         "absorption_splits": absorbing.DEFINITIONS["splits"],
         "absorption_letters": "letters whose probe is good enough for absorption to be measured",
+        "detection": labelling.DEFINITIONS["detection"],
+        "fuzzing": labelling.DEFINITIONS["fuzzing"],
+        "labelled_latents": "latents that were explained and scored",
     }
 )
 
@@ -134,6 +138,9 @@ def evaluate_on_model(
     batch_size: int = 16,
     probing: Sequence[str | Labelled] | Mapping[str, Any] = (),
     absorption: bool = False,
+    labels: int = 0,
+    explainer: labelling.Explainer | None = None,
+    judge: labelling.Judge | None = None,
     ks: Sequence[int] = (1, 2, 5),
     random_null: bool = True,
     seed: int = 0,
@@ -147,12 +154,15 @@ def evaluate_on_model(
     Nulls: the stream's mean; `random_null`: a dictionary of as many random directions with the same L0, its threshold
     and one scale fitted, run through the same code; of probes, shuffled labels and random directions.
     `probing`: names of interp.data.generator.LABELLED, Labelled, or a mapping from names to what sparse_probing takes
-    (texts, labels, groups). With `absorption`, a model that does not hold first
-    letters has it left out, with the reason.
+    (texts, labels, groups). With `absorption`, a model that does not hold first letters has it left out, with the
+    reason. `labels` latents are explained and scored by detection and fuzzing, left out with the reason where the text
+    is too short: by default by lists of tokens, no language model; `explainer` and `judge` go together.
     Raises SpliceError for an SAE that does not fit, or where ablation costs nothing; MissingError without a tokenizer
     or a file; ValueError for a source without text.
     """
     name, concepts = _hook(model, sae, hook), _titled(probing)
+    if (explainer is None) != (judge is None):
+        raise ValueError("an explainer and a judge go together: a judge reads what its explainer writes")
     check_fit(model, sae, name)
     batches = _windows(model, dataset, tokens, ctx, packing, batch_size)
     measured, moments = _tensor(model, sae, name, batches)
@@ -172,6 +182,11 @@ def evaluate_on_model(
             metrics += _absorption_metrics(absorbing.first_letter_absorption(model, sae, name, seed=seed))
         except absorbing.AbsorptionError as reason:
             left_out["absorption"] = str(reason)
+    if labels:
+        try:
+            metrics += _label_metrics(model, sae, name, batches, labels, explainer, judge, seed)
+        except labelling.LabelError as reason:
+            left_out["labels"] = str(reason)
     return ModelEvaluation(
         model=model.name,
         fingerprint=model.fingerprint,
@@ -355,6 +370,33 @@ def _absorption_metrics(measured: absorbing.Absorption) -> list[Metric]:
         _metric("absorption_splits", measured.splits, {}),
         _metric("absorption_letters", len(measured.letters), {}),
     ]
+
+
+def _label_metrics(
+    model: "Model", sae: SAE, hook: str, batches: list[TokenBatch], n: int, explainer: Any, judge: Any, seed: int
+) -> list[Metric]:
+    """Return detection and fuzzing scores of n random latents, each row of a batch being a document of its own."""
+    parts, rows = list(capture_packed(model, batches, [hook])), 0
+    documents = []
+    for batch, part in zip(batches, parts, strict=True):
+        documents.append(part.documents + rows)
+        rows += len(batch.ids)
+    acts = Acts(
+        values={hook: torch.cat([part[hook] for part in parts])}, token_ids=torch.cat([p.token_ids for p in parts]),
+        positions=torch.cat([p.positions for p in parts]), documents=torch.cat(documents),
+        is_special=torch.cat([p.is_special for p in parts]), n_documents=rows,
+    )  # fmt: skip
+    sets = labelling.example_sets(model, sae, acts, hook, n_latents=n, seed=seed)
+    explainer, judge = explainer or labelling.TokenListExplainer(), judge or labelling.TokenListJudge()
+    scores = labelling.score_labels(sets, explainer, judge, seed=seed)
+    found = [_metric("labelled_latents", len(scores.scores), {})]
+    for what in ("detection", "fuzzing"):
+        nulls = {
+            "another's explanation": getattr(scores, f"shuffled_{what}"),
+            "tossed coins": getattr(scores, f"random_{what}"),
+        }
+        found.append(_metric(what, getattr(scores, what), nulls))
+    return found
 
 
 def _metric(name: str, value: float | int | None, nulls: Mapping[str, float | int]) -> Metric:

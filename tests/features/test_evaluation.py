@@ -9,6 +9,7 @@ import torch
 from interp.acts.capture import capture_acts
 from interp.data.generator import documents, labelled, sample_texts
 from interp.features import evaluation as module
+from interp.features import labels as labelling
 from interp.features.absorption import Absorption, LetterAbsorption
 from interp.features.evaluation import DEFINITIONS, ModelEvaluation, evaluate_on_model, random_dictionary
 from interp.features.probing import sparse_probing
@@ -216,6 +217,22 @@ def test_absorption_is_left_out_with_its_reason_where_letters_cannot_be_read(mod
     assert found["absorption_fraction"].nulls == {"decoder rows dealt out anew": 0.125}
     assert found["absorption_full"].value == 0.25
     assert (found["absorption_splits"].value, found["absorption_letters"].value) == (2.0, 2)
+
+
+def test_latents_are_labelled_as_by_calls_of_their_own(model):
+    texts = sample_texts(160, seed=22)
+    x = capture_acts(model, texts, [HOOK])
+    sae = random_dictionary(x[HOOK], 64, 4.0, mean=x[HOOK].mean(0), seed=1)
+    found = evaluate_on_model(model, sae, HOOK, texts, tokens=10**9, labels=3, ctx=model.n_ctx, seed=5)
+    sets = labelling.example_sets(model, sae, x, HOOK, n_latents=3, seed=5)
+    alone = labelling.score_labels(sets, labelling.TokenListExplainer(), labelling.TokenListJudge(), seed=5)
+    assert found["labelled_latents"].value == 3
+    assert found["detection"].value == alone.detection and found["fuzzing"].value == alone.fuzzing
+    assert found["detection"].nulls["another's explanation"] == alone.shuffled_detection
+    few = evaluate_on_model(model, sae, HOOK, texts[:3], tokens=200, labels=3)
+    assert "windows" in few.left_out["labels"]
+    with pytest.raises(ValueError, match="go together"):
+        evaluate_on_model(model, sae, HOOK, texts[:3], labels=3, judge=labelling.TokenListJudge())
 
 
 def test_what_does_not_fit_is_refused(model):
