@@ -3,7 +3,9 @@
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import count
 from typing import Any
 
 import torch
@@ -13,30 +15,111 @@ from torch import Tensor, nn
 from interp.model.forward import parameters_of
 
 
-@dataclass(frozen=True)
 class Clock:
-    """Where the q columns of one forward pass stand in their rows.
+    """Where the q columns of one forward pass stand in their rows; tensors are made when they are first asked for.
 
-    Columns count the padded row from 0, with or without a cache; positions count real tokens from the first one of
-    the row and are -1 on pads. `special` is by token id (BOS, EOS, pad, ...) and all False where ids are unknown
-    (inputs_embeds). An edit that must leave pads alone selects with `mask`; BOS and its like with `~special`.
-    `prompt_width` is the padded width of the prompt given to generate, None outside of it (and in a
-    TransformerBridge's own generate loop): the first new token is predicted from column prompt_width - 1.
+    `past` columns lie before this pass; `columns` [q] count the padded row from 0, with or without a cache. `mask`
+    [b, q] tells real tokens from pads. `special` [b, q] is by token id (BOS, EOS, pad, ...) and all False where ids are
+    unknown (inputs_embeds). `positions` [b, q] count real tokens from the first one of the row and are -1 on pads.
+    `ordinary` [b, q] is mask without special, None where all are known to be so without looking. `prompt_width` is the
+    padded width of the prompt given to generate, None outside of it: the first new token is predicted from column
+    prompt_width - 1. `generation` numbers the calls of generate, None outside of one.
     """
 
-    past: int
-    columns: Int[Tensor, " q"]
-    mask: Bool[Tensor, "b q"]
-    special: Bool[Tensor, "b q"]
-    positions: Int[Tensor, "b q"]
-    prompt_width: int | None = None
+    def __init__(self, past: int, shape: tuple[int, int], device: torch.device, source: "_Source"):
+        self.past, self.shape, self.device = past, shape, device
+        self.prompt_width, self.generation = source.prompt_width, source.generation
+        self.memo: dict[Any, Any] = {}  # what several edits of a pass share
+        self._source = source
+        self._elsewhere: dict[torch.device, Clock] = {}
+
+    @property
+    def end(self) -> int:
+        """The column after the last one of this pass; known without asking a device."""
+        return self.past + self.shape[1]
+
+    @property
+    def all_real(self) -> bool:
+        """Whether it is known without asking a device that no column of this pass is a pad."""
+        if self.prompt_width is not None and self.past >= self.prompt_width:
+            return True  # generate writes no pads that count
+        return self._source.mask is None and self._source.prompt is None
+
+    @cached_property
+    def columns(self) -> Int[Tensor, " q"]:
+        return torch.arange(self.past, self.end, device=self.device)
+
+    @cached_property
+    def _real(self) -> Bool[Tensor, "b t"]:
+        source, (rows, q) = self._source, self.shape
+        return full_mask(source.mask, source.prompt, rows, self.past, q, self.device)
+
+    @cached_property
+    def mask(self) -> Bool[Tensor, "b q"]:
+        if self.all_real:
+            return torch.ones(self.shape, dtype=torch.bool, device=self.device)
+        return self._real[:, self.past :]
+
+    @cached_property
+    def special(self) -> Bool[Tensor, "b q"]:
+        found = self._found_special()
+        return torch.zeros(self.shape, dtype=torch.bool, device=self.device) if found is None else found
+
+    @cached_property
+    def positions(self) -> Int[Tensor, "b q"]:
+        real = self._real
+        return torch.where(real, real.long().cumsum(1) - 1, -1)[:, self.past :]
+
+    @cached_property
+    def ordinary(self) -> Bool[Tensor, "b q"] | None:
+        found = self._found_special()
+        if found is None:
+            return None if self.all_real else self.mask
+        return ~found if self.all_real else self.mask & ~found
+
+    def _found_special(self) -> Tensor | None:
+        ids, special = self._source.ids, self._source.special
+        if ids is None or not special:
+            return None
+        ids = ids.to(self.device)
+        # few ids and small batches: comparing with each is a third of the time of isin
+        found = ids == special[0]
+        for one in special[1:SHORT]:
+            found = found | (ids == one)
+        return found if len(special) <= SHORT else found | torch.isin(ids, self._source.rest(self.device))
 
     def to(self, device: torch.device | str) -> "Clock":
-        """Return the clock with its tensors on `device`."""
-        if self.columns.device == torch.device(device):
+        """Return the clock with its tensors on `device`, the same one at every call."""
+        device = torch.device(device)
+        if self.device == device:
             return self
-        moved = {name: getattr(self, name).to(device) for name in ("columns", "mask", "special", "positions")}
-        return replace(self, **moved)
+        if device not in self._elsewhere:
+            self._elsewhere[device] = Clock(self.past, self.shape, device, self._source)
+        return self._elsewhere[device]
+
+
+@dataclass(kw_only=True)
+class _Source:
+    """What a forward was given that its clock is read from."""
+
+    ids: Tensor | None  # None where it was given embeddings
+    mask: Any
+    prompt: Tensor | None  # the 2-D mask of the prompt
+    prompt_width: int | None
+    generation: int | None
+    special: list[int]
+
+    def rest(self, device: torch.device) -> Tensor:
+        """Return the special ids beyond the first few."""
+        return _ids_on(tuple(self.special[SHORT:]), device)
+
+
+SHORT = 4
+
+
+@lru_cache(maxsize=64)
+def _ids_on(ids: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(ids, device=device)
 
 
 def cache_length(cache: Any) -> int | None:
@@ -95,13 +178,41 @@ def quiet(hf: nn.Module) -> Iterator[None]:
             _quiet.discard(hf)
 
 
+_unedited: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose edits pause
+
+
+@contextmanager
+def unedited(hf: nn.Module) -> Iterator[None]:
+    """Pause every edit (steering too) of a Hugging Face model: forwards inside are those of the model itself."""
+    nested = hf in _unedited
+    _unedited.add(hf)
+    try:
+        yield
+    finally:
+        if not nested:
+            _unedited.discard(hf)
+
+
+@dataclass
+class _Prompt:
+    """What generate was given to continue."""
+
+    width: int | None  # None: it is what its first forward gets
+    mask: Tensor | None
+    number: int
+
+
+_numbers = count(1)
+
+
 class Watch:
     """Note what every outermost forward through `roots` works on, while attached: its shape, and its clock.
 
     `roots` are the nested modules whose call carries the token ids: from the causal LM down to the owner of the blocks,
     so that calling `base_model` directly works too; only the outermost call of a nest is read. Without `special_ids`
     only the shape is noted, which costs next to nothing. With `prompts=True` the model's generate is shadowed by an
-    instance attribute that notes the prompt (`decoder`: the decoder's own), and restored by `detach`.
+    instance attribute that notes the prompt (`decoder`: the decoder's own), and restored by `detach`; so are those of
+    a TransformerBridge, whose loops of their own begin with the whole prompt.
     """
 
     def __init__(
@@ -111,20 +222,22 @@ class Watch:
         special_ids: frozenset[int] | None = None,
         on_start: Callable | None = None,
         decoder: bool = False,
+        bridge: Any = None,
     ):
         self.hf: Any = hf
+        self.bridge = bridge
         self.roots = roots
         self.special_ids = None if special_ids is None else sorted(special_ids)
         self.on_start = on_start
         self.decoder = decoder
         self.clock: Clock | None = None
         self.shape: tuple[int, int] | None = None  # rows and columns of the pass
+        self.paused = False  # whether the forward that runs is to be left unedited
         self._depth = 0
-        self._prompt: tuple[int, Tensor | None] | None = None
+        self._prompt: _Prompt | None = None
         self._fed = 0  # columns of this generate so far: the clock of a cache that does not count
         self._handles: list[Any] = []
-        self._shadow: Callable | None = None
-        self._former: Callable | None = None
+        self._shadows: list[tuple[Any, str, Callable, Callable | None]] = []  # owner, method, ours, one before ours
 
     @property
     def quiet(self) -> bool:
@@ -137,34 +250,45 @@ class Watch:
             names = tuple(parameters_of(root.forward))
             self._handles.append(root.register_forward_pre_hook(self._starter(names), with_kwargs=True))
             self._handles.append(root.register_forward_hook(self._end, always_call=True))
-        if prompts and hasattr(self.hf, "generate"):
-            self._shadow_generate()
+        if not prompts:
+            return
+        if hasattr(self.hf, "generate"):
+            self._shadow(self.hf, "generate", self._given_prompt)
+        for name in ("generate", "generate_stream"):
+            if self.bridge is not None and hasattr(self.bridge, name):
+                self._shadow(self.bridge, name, lambda args, kwargs: _Prompt(None, None, next(_numbers)))
 
     def detach(self) -> None:
-        """Remove the hooks, and the shadow of generate."""
+        """Remove the hooks, and the shadows of generate."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if self._shadow is not None and self.hf.__dict__.get("generate") is self._shadow:
-            del self.hf.__dict__["generate"]
-            if self._former is not None:
-                self.hf.__dict__["generate"] = self._former
-        self._shadow = None
+        for owner, name, ours, former in self._shadows:
+            if owner.__dict__.get(name) is ours:
+                del owner.__dict__[name]
+                if former is not None:
+                    owner.__dict__[name] = former
+        self._shadows.clear()
 
     def _starter(self, names: tuple[str, ...]) -> Callable:
         def start(module: nn.Module, args: tuple, kwargs: dict) -> None:
             self._depth += 1
-            if self._depth == 1 and not self.quiet:
-                given = dict(zip(names, args, strict=False)) | kwargs
-                ids = given.get("input_ids", args[0] if args and "inputs_embeds" not in given else None)
-                source = ids if ids is not None else given.get("inputs_embeds")
-                if not isinstance(source, Tensor):
-                    raise TypeError("a forward pass inside reading or editing needs input_ids or inputs_embeds")
-                self.shape = (int(source.shape[0]), int(source.shape[1]))
-                if self.special_ids is not None:
-                    self.clock = self._read(given, source, ids is not None)
-                if self.on_start is not None:
-                    self.on_start()
+            if self._depth > 1:
+                return
+            quiet = self.quiet
+            self.paused = quiet or self.hf in _unedited
+            if quiet:
+                return
+            given = dict(zip(names, args, strict=False)) | kwargs
+            ids = given.get("input_ids", args[0] if args and "inputs_embeds" not in given else None)
+            source = ids if ids is not None else given.get("inputs_embeds")
+            if not isinstance(source, Tensor):
+                raise TypeError("a forward pass inside reading or editing needs input_ids or inputs_embeds")
+            self.shape = (int(source.shape[0]), int(source.shape[1]))
+            if self.special_ids is not None:
+                self.clock = self._read(given, source, ids is not None)
+            if self.on_start is not None:
+                self.on_start()
 
         return start
 
@@ -173,7 +297,6 @@ class Watch:
 
     def _read(self, given: dict[str, Any], source: Tensor, by_id: bool) -> Clock:
         rows, q = int(source.shape[0]), int(source.shape[1])
-        mask = given.get("attention_mask")
         cache = given.get("past_key_values", given.get("cache_params"))
         past = cache_length(cache)
         if past is None:
@@ -181,29 +304,45 @@ class Watch:
                 raise TypeError(f"a {type(cache).__name__} without a length can be followed only inside generate")
             past = self._fed
         self._fed = past + q
-        width, prompt = self._prompt or (None, None)
-        real = full_mask(mask, prompt, rows, past, q, source.device)
-        positions = torch.where(real, real.long().cumsum(1) - 1, -1)
-        special = torch.zeros(rows, q, dtype=torch.bool, device=source.device)
-        if by_id and self.special_ids:
-            special = torch.isin(source, torch.tensor(self.special_ids, device=source.device))
-        columns = past + torch.arange(q, device=source.device)
-        return Clock(past, columns, real[:, past:], special, positions[:, past:], width)
+        prompt = self._prompt
+        if prompt is not None and prompt.width is None:
+            prompt.width = past + q
+        clock_source = _Source(
+            ids=source if by_id else None,
+            mask=given.get("attention_mask"),
+            prompt=None if prompt is None else prompt.mask,
+            prompt_width=None if prompt is None else prompt.width,
+            generation=None if prompt is None else prompt.number,
+            special=self.special_ids or [],
+        )
+        return Clock(past, (rows, q), source.device, clock_source)
 
-    def _shadow_generate(self) -> None:
-        self._former = self.hf.__dict__.get("generate")
-        generate = self.hf.generate
+    def _given_prompt(self, args: tuple, kwargs: dict) -> _Prompt:
+        width, mask = _decoder_prompt(self.hf, kwargs) if self.decoder else _prompt_of(args, kwargs)
+        return _Prompt(width, mask, next(_numbers))
 
-        def shadow(*args: Any, **kwargs: Any) -> Any:
-            prompt = _decoder_prompt(self.hf, kwargs) if self.decoder else _prompt_of(args, kwargs)
-            before, self._prompt, self._fed = self._prompt, prompt, 0
+    def _shadow(self, owner: Any, name: str, prompt: Callable[[tuple, dict], _Prompt]) -> None:
+        former, method = owner.__dict__.get(name), getattr(owner, name)
+
+        @contextmanager
+        def noted(args: tuple, kwargs: dict) -> Iterator[None]:
+            before, self._prompt, self._fed = self._prompt, prompt(args, kwargs), 0
             try:
-                return generate(*args, **kwargs)
+                yield
             finally:
                 self._prompt = before
 
-        self._shadow = shadow
-        self.hf.__dict__["generate"] = shadow
+        def ours(*args: Any, **kwargs: Any) -> Any:
+            with noted(args, kwargs):
+                return method(*args, **kwargs)
+
+        def ours_in_steps(*args: Any, **kwargs: Any) -> Any:
+            with noted(args, kwargs):
+                yield from method(*args, **kwargs)
+
+        shadow = ours_in_steps if name == "generate_stream" else ours
+        self._shadows.append((owner, name, shadow, former))
+        owner.__dict__[name] = shadow
 
 
 def _prompt_of(args: tuple, kwargs: dict) -> tuple[int, Tensor | None]:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -203,7 +204,7 @@ def reading(
         if model.offloaded:
             ends = [block for stack in watches for block in model.blocks_of(stack)]
             handles.extend(block.register_forward_hook(lambda module, args, output: halt()) for block in ends)
-        with model.wanting(watches):
+        with uncompiled(), model.wanting(watches):
             yield
     except StopForward:
         if seen != wanted:  # another, enclosing reading asked for it
@@ -213,6 +214,17 @@ def reading(
             handle.remove()
         for watch in watches.values():
             watch.detach()
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run eagerly, inside the context, whatever torch.compile has compiled or is asked to compile.
+
+    Code compiled before a hook was registered never calls it: dynamo does not guard on hooks. Nothing is lost, the
+    compiled code is there again afterwards.
+    """
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def _watches(model: "Model", places: list[Place], seen: set[str]) -> dict[str, Watch]:
@@ -243,12 +255,12 @@ def editing(model: "Model", edits: Mapping[str, Edit | Iterable[Edit]]) -> Itera
     new tensor of that shape; it must not write into its argument. It sees pads too: select with `clock.mask`. Several
     functions for a point, and nested contexts, apply in order, outermost first. `resid_mid` reaches the rest of the
     stream, not the MLP alone. Inside the context `generate` notes its prompt for the clock. A key-value cache filled
-    here stays edited: do not use it after.
+    here stays edited: do not use it after. What torch.compile has compiled runs eagerly inside.
     Raises HookPointError, and ValueError where `fn` returns another shape.
     """
     steps = [(model.place(name), fn) for name, fns in edits.items() for fn in ([fns] if callable(fns) else fns)]
     watches = {
-        stack: Watch(model.hf, model.roots(stack), model.special_ids, decoder=stack == DECODER)
+        stack: Watch(model.hf, model.roots(stack), model.special_ids, decoder=stack == DECODER, bridge=model.bridge)
         for stack in dict.fromkeys([place.stack for place, _ in steps])
     }
     handles: list[Any] = []
@@ -257,7 +269,7 @@ def editing(model: "Model", edits: Mapping[str, Edit | Iterable[Edit]]) -> Itera
             watch.attach(prompts=stack in (BLOCKS, DECODER))
         for place, fn in steps:
             handles.extend(_install(place, fn, watches[place.stack]))
-        with model.wanting(watches):
+        with uncompiled(), model.wanting(watches):
             yield
     finally:
         for handle in handles:
@@ -268,17 +280,20 @@ def editing(model: "Model", edits: Mapping[str, Edit | Iterable[Edit]]) -> Itera
 
 def _edited(value: Any, fn: Edit, watch: Watch, name: str) -> Tensor | None:
     """Return the new value in the old one's shape, dtype and device, or None where it is unchanged."""
-    if watch.quiet:
+    if watch.paused:
         return None
     stream, clock = _as_stream(value, watch, name), watch.clock
     assert clock is not None  # read whenever the shape is
-    new = fn(stream, clock.to(stream.device))
+    device = stream.device
+    new = fn(stream, clock if clock.device == device else clock.to(device))
     if new is stream:
         return None
     if not isinstance(new, Tensor) or new.shape != stream.shape:
         got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
         raise ValueError(f"the edit of {name} returned {got}; it must return {tuple(stream.shape)}")
-    return new.to(value.device, value.dtype).reshape(value.shape)
+    if new.dtype != value.dtype or new.device != device:
+        new = new.to(device, value.dtype)
+    return new if stream is value else new.reshape(value.shape)
 
 
 def _install(place: Place, fn: Edit, watch: Watch) -> list[Any]:
