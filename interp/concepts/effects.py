@@ -1,26 +1,24 @@
 """What steering does and what it costs: dose curve, placebo band, fluency and damage, with no model as judge."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from itertools import pairwise
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from jaxtyping import Float
 
 from interp.acts.direction import Direction
-from interp.acts.resampling import placebo_directions
-from interp.concepts.steering import Operation, add, generate_ids, prompt_batch, steer
+from interp.concepts.damage import damage
+from interp.concepts.fluency import distinct2, fluency
+from interp.concepts.nulls import random_directions
+from interp.concepts.writing import Push, Written, write
 from interp.model.loading import Model, as_model
-from interp.model.tokens import TokenBatch, need_tokenizer
+from interp.model.tokens import need_tokenizer
 from sae.stats import bootstrap_interval
 
 __all__ = ["Dose", "Effects", "NoUsableStrengthError", "Sample", "damage", "distinct2", "effects", "fluency"]
 
 Score = Callable[[list[str]], Any]
-ROWS = 256  # rows of one generate call
 
 
 class NoUsableStrengthError(ValueError):
@@ -104,20 +102,11 @@ class Effects:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Written:
-    """Continuations as ids (up to and with the end token), texts and scores, one a row."""
+class _Scored:
+    """What was written after some prompts, with a score a text."""
 
-    batch: TokenBatch
-    ids: Int[Tensor, "rows new"]
-    real: Bool[Tensor, "rows new"]
-    texts: list[str]
+    written: Written
     scores: Float[np.ndarray, " rows"]
-
-    def part(self, i: int, n: int) -> "_Written":
-        """Return the i-th run of n rows."""
-        at = slice(i * n, (i + 1) * n)
-        batch = TokenBatch(self.batch.ids[at], self.batch.mask[at], self.batch.special[at])
-        return _Written(batch=batch, ids=self.ids[at], real=self.real[at], texts=self.texts[at], scores=self.scores[at])
 
 
 def effects(
@@ -154,25 +143,24 @@ def effects(
     prompts, dev = _split(prompts, dev_prompts)
     if not strengths or n_placebo < 2 or not kl_budget > 0:
         raise ValueError(f"{len(strengths)} strengths, n_placebo {n_placebo}, kl_budget {kl_budget}: give 1, 2 and > 0")
-    write = _writer(model, score, max_new_tokens)
-    plain_dev = write(dev, None)
-    neutral = list(neutral_texts or [p + t for p, t in zip(dev, plain_dev.texts, strict=True)])
-    doses = _dose_curve(model, direction, strengths, dev, plain_dev, neutral, write, positions, kl_budget)
+    written = _writer(model, score, max_new_tokens, positions)
+    doses = _dose_curve(model, direction, strengths, dev, neutral_texts, written, kl_budget)
     chosen = _choose(doses, kl_budget)
 
-    plain, steered = write(prompts, None), write(prompts, add(direction, chosen, positions))
-    placebos = _placebos(direction, n_placebo, chosen, prompts, write, positions, seed)
-    gain = steered.scores - plain.scores
+    everything = [(direction, 0.0), (direction, chosen)]
+    everything += [(placebo, chosen) for placebo in random_directions(direction, n_placebo, seed)]
+    plain, steered, *placebos = written(prompts, everything)
+    gain, (before, after) = steered.scores - plain.scores, (plain.written, steered.written)
     return Effects(
         doses=doses,
         chosen=chosen,
         effect=float(gain.mean()),
         interval=bootstrap_interval(gain, seed=seed),
         placebo_effects=tuple(float((p.scores - plain.scores).mean()) for p in placebos),
-        nll=fluency(model, steered.batch, steered.ids, steered.real),
-        unsteered_nll=fluency(model, plain.batch, plain.ids, plain.real),
-        distinct2=distinct2(steered.ids, steered.real),
-        unsteered_distinct2=distinct2(plain.ids, plain.real),
+        nll=fluency(model, after.batch, after.ids, after.real),
+        unsteered_nll=fluency(model, before.batch, before.ids, before.real),
+        distinct2=distinct2(after.ids, after.real),
+        unsteered_distinct2=distinct2(before.ids, before.real),
         samples=tuple(_sample(i, prompt, plain, steered, placebos) for i, prompt in enumerate(prompts)),
         kl_budget=kl_budget,
         positions=positions,
@@ -191,12 +179,12 @@ def _choose(doses: tuple[Dose, ...], kl_budget: float) -> float:
     return max(usable, key=abs)
 
 
-def _sample(i: int, prompt: str, plain: _Written, steered: _Written, placebos: list[_Written]) -> Sample:
+def _sample(i: int, prompt: str, plain: _Scored, steered: _Scored, placebos: list[_Scored]) -> Sample:
     return Sample(
         prompt=prompt,
-        unsteered=plain.texts[i],
-        steered=steered.texts[i],
-        placebos=tuple(p.texts[i] for p in placebos),
+        unsteered=plain.written.texts[i],
+        steered=steered.written.texts[i],
+        placebos=tuple(p.written.texts[i] for p in placebos),
         unsteered_score=float(plain.scores[i]),
         steered_score=float(steered.scores[i]),
         placebo_scores=tuple(float(p.scores[i]) for p in placebos),
@@ -215,30 +203,22 @@ def _split(prompts: Sequence[str], dev: Sequence[str] | None) -> tuple[list[str]
     return held, chosen_on
 
 
-def _writer(model: Model, score: Score, max_new_tokens: int) -> Callable[..., _Written]:
-    """Return write(prompts, operation), which continues all prompts in one generate call and scores the new text."""
+def _writer(model: Model, score: Score, max_new_tokens: int, positions: str) -> Callable[..., list[_Scored]]:
+    """Return write(prompts, pushes), which continues all prompts under every push and scores the new texts."""
 
-    def write(prompts: Sequence[str], operation: Operation | None) -> _Written:
-        with steer(model, *([] if operation is None else [operation])):
-            ids = generate_ids(model, prompts, max_new_tokens)
-        real = _until_end(model, ids)
-        texts = model.tokenizer.batch_decode(
-            [row[keep].tolist() for row, keep in zip(ids, real, strict=True)], skip_special_tokens=True
-        )
-        scores = np.asarray(score(texts), dtype=float)
-        if scores.shape != (len(texts),) or not np.isfinite(scores).all():
-            raise ValueError(f"score must return {len(texts)} finite numbers, one a text; it gave shape {scores.shape}")
-        return _Written(batch=prompt_batch(model, prompts), ids=ids, real=real, texts=texts, scores=scores)
+    def written(prompts: Sequence[str], pushes: Sequence[Push]) -> list[_Scored]:
+        found = write(model, prompts, pushes, max_new_tokens=max_new_tokens, positions=positions)
+        return [_Scored(written=w, scores=scores_of(score, w.texts)) for w in found]
 
-    return write
+    return written
 
 
-def _until_end(model: Model, ids: Int[Tensor, "rows new"]) -> Bool[Tensor, "rows new"]:
-    """Return which new tokens are real: up to and with the first end token."""
-    given = getattr(model.hf.generation_config, "eos_token_id", None)
-    ends = given if isinstance(given, (list, tuple)) else [given]
-    ended = torch.isin(ids, torch.tensor([i for i in ends if isinstance(i, int)], dtype=torch.long))
-    return (ended.long().cumsum(1) - ended.long()) == 0
+def scores_of(score: Score, texts: list[str]) -> Float[np.ndarray, " texts"]:
+    """Return the score of each text. Raises ValueError where they are not finite or not one a text."""
+    scores = np.asarray(score(texts), dtype=float)
+    if scores.shape != (len(texts),) or not np.isfinite(scores).all():
+        raise ValueError(f"score must return {len(texts)} finite numbers, one a text; it gave shape {scores.shape}")
+    return scores
 
 
 def _dose_curve(
@@ -246,113 +226,24 @@ def _dose_curve(
     direction: Direction,
     strengths: list[float],
     dev: list[str],
-    plain: _Written,
-    neutral: list[str],
-    write: Callable[..., _Written],
-    positions: str,
+    neutral: Sequence[str] | None,
+    written: Callable[..., list[_Scored]],
     kl_budget: float,
 ) -> tuple[Dose, ...]:
+    plain, *steered = written(dev, [(direction, s) for s in (0.0, *strengths)])  # the whole curve in one batch
+    neutral = list(neutral or [p + t for p, t in zip(dev, plain.written.texts, strict=True)])
     harm = damage(model, direction, strengths, neutral)
-    a_row = [s for s in strengths for _ in dev]
-    all_steered = write(dev * len(strengths), add(direction, a_row, positions))  # the whole curve in one batch
     doses = []
-    for i, (strength, (kl, extra)) in enumerate(zip(strengths, harm, strict=True)):
-        steered = all_steered.part(i, len(dev))
+    for strength, (kl, extra), s in zip(strengths, harm, steered, strict=True):
+        w = s.written
         dose = Dose(
             strength=strength,
-            effect=float((steered.scores - plain.scores).mean()),
+            effect=float((s.scores - plain.scores).mean()),
             kl=kl,
             extra_nll=extra,
-            nll=fluency(model, steered.batch, steered.ids, steered.real),
-            distinct2=distinct2(steered.ids, steered.real),
+            nll=fluency(model, w.batch, w.ids, w.real),
+            distinct2=distinct2(w.ids, w.real),
             usable=bool(strength) and kl <= kl_budget,
         )
         doses.append(dose)
     return tuple(doses)
-
-
-def _placebos(
-    direction: Direction,
-    n: int,
-    strength: float,
-    prompts: list[str],
-    write: Callable[..., _Written],
-    positions: str,
-    seed: int,
-) -> list[_Written]:
-    """Return what random directions write, many of them in one generate call (a direction a row)."""
-    vectors = placebo_directions(len(direction.vector), n, seed)
-    directions = [replace(direction, vector=v, method="placebo") for v in vectors]
-    step = max(1, ROWS // len(prompts))
-    out = []
-    for start in range(0, n, step):
-        some = directions[start : start + step]
-        written = write(prompts * len(some), add([d for d in some for _ in prompts], strength, positions))
-        out += [written.part(i, len(prompts)) for i in range(len(some))]
-    return out
-
-
-def damage(
-    model: Any, direction: Direction, strengths: Sequence[float | int], texts: Sequence[str], *, max_len: int = 64
-) -> list[tuple[float, float]]:
-    """Return (mean KL(base || steered) a token, growth of the mean next-token loss) for each strength, in nats.
-
-    Measured on texts steered at every position; predictions at BOS and pads do not count, and a text is cut at
-    `max_len` tokens. Raises ValueError for texts that leave nothing to predict.
-    """
-    model = as_model(model)
-    found = np.zeros((len(strengths), 4))  # sums of KL and of extra loss, and their counts
-    step = _rows_at_once(model, max_len)
-    for start in range(0, len(texts), step):
-        batch = model.tokenize(list(texts[start : start + step]), max_len=min(max_len, model.n_ctx))
-        keep = batch.mask & ~batch.special
-        last = keep[:, :-1] & batch.mask[:, 1:]
-        base = model.logits(batch.ids, batch.mask).float().log_softmax(-1)
-        for i, strength in enumerate(strengths):
-            with steer(model, add(direction, strength)):
-                steered = model.logits(batch.ids, batch.mask).float().log_softmax(-1)
-            kl = (base.exp() * (base - steered)).sum(-1).cpu()[keep].double()
-            targets = batch.ids[:, 1:, None].to(base.device)
-            extra = (base - steered)[:, :-1].gather(2, targets)[..., 0].cpu()[last].double()
-            found[i] += [float(kl.sum()), float(extra.sum()), len(kl), len(extra)]
-    if not (found[:, 2:] > 0).all():
-        raise ValueError("the neutral texts leave nothing to predict: give texts of several tokens")
-    return [(float(row[0] / row[2]), float(row[1] / row[3])) for row in found]
-
-
-def fluency(model: Any, batch: TokenBatch, new: Int[Tensor, "rows new"], real: Bool[Tensor, "rows new"]) -> float:
-    """Return the mean loss of new tokens after left-padded prompts under the model as it is, in nats a token.
-
-    Low for text that repeats itself: read it beside distinct2. Raises ValueError where there is no new token.
-    """
-    model = as_model(model)
-    if not bool(real.any()):
-        raise ValueError("no token was generated: its loss does not exist")
-    total, width = 0.0, batch.ids.shape[1]
-    for rows in torch.arange(len(new)).split(_rows_at_once(model, width + new.shape[1])):
-        ids = torch.cat([batch.ids[rows], new[rows]], 1)
-        mask = torch.cat([batch.mask[rows], real[rows]], 1)
-        logp = model.logits(ids, mask)[:, width - 1 : -1].float().log_softmax(-1).cpu()
-        total -= float(logp.gather(2, new[rows][..., None])[..., 0][real[rows]].double().sum())
-    return total / int(real.sum())
-
-
-def _rows_at_once(model: Model, width: int) -> int:
-    """Return how many rows' log-probabilities fit into some 64 MB."""
-    return max(1, min(32, 2**24 // (model.d_vocab * width)))
-
-
-def distinct2(new: Int[Tensor, "rows new"], real: Bool[Tensor, "rows new"]) -> float:
-    """Return the share of distinct pairs of neighbouring tokens a row, mean over the rows that have a pair.
-
-    1 where nothing repeats. Raises ValueError where no row has two tokens.
-    """
-    shares = []
-    for row, keep in zip(new, real, strict=True):
-        tokens = row[keep].tolist()
-        pairs = list(pairwise(tokens))
-        if pairs:
-            shares.append(len(set(pairs)) / len(pairs))
-    if not shares:
-        raise ValueError("no row has two tokens: it has no pair to repeat")
-    return float(np.mean(shares))

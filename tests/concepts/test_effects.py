@@ -6,8 +6,10 @@ import torch
 
 from interp.acts.direction import residual_norm
 from interp.acts.resampling import placebo_directions
-from interp.concepts import effects as module
-from interp.concepts.effects import NoUsableStrengthError, damage, distinct2, effects, fluency
+from interp.concepts import writing
+from interp.concepts.damage import damage
+from interp.concepts.effects import NoUsableStrengthError, effects
+from interp.concepts.fluency import distinct2, fluency
 from interp.concepts.finders import direction_from
 from interp.concepts.steering import add, prompt_batch, steer
 from interp.model.loading import load_model
@@ -123,7 +125,7 @@ def test_every_dose_equals_steering_the_dev_prompts_one_by_one(result, model, pl
 
 
 def test_placebos_do_not_depend_on_how_many_share_a_batch(result, model, planted, monkeypatch):
-    monkeypatch.setattr(module, "ROWS", 20)
+    monkeypatch.setattr(writing, "ROWS", 20)
     again = effects(
         model, planted, PROMPTS, score=count_good, strengths=[result.chosen], dev_prompts=DEV, neutral_texts=NEUTRAL,
         kl_budget=1.0, max_new_tokens=8, seed=3,
@@ -157,7 +159,7 @@ def test_distinct2_counts_pairs_up_to_the_end():
 def test_new_tokens_end_with_the_first_end_token(model):
     ids = torch.tensor([[5, 2, 0, 0], [5, 6, 7, 8], [2, 2, 5, 2]])
     expected = [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
-    assert module._until_end(model, ids).long().tolist() == expected
+    assert writing.until_end(model, ids).long().tolist() == expected
 
 
 def test_a_budget_that_nothing_meets_says_so_and_keeps_the_curve(model, planted):
