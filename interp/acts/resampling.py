@@ -8,7 +8,18 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-__all__ = ["auroc", "auroc_interval", "bootstrap_counts", "grouped_folds", "permute_labels", "placebo_directions"]
+__all__ = [
+    "auroc",
+    "auroc_interval",
+    "aurocs",
+    "bootstrap_counts",
+    "fold_area",
+    "fold_numbers",
+    "grouped_folds",
+    "permutations",
+    "permute_labels",
+    "placebo_directions",
+]
 
 Labels = Sequence | np.ndarray | Tensor
 FEW_GROUPS = 30  # below it a percentile bootstrap over groups covers too rarely, and Student's t is used
@@ -50,6 +61,62 @@ def auroc(scores: Shaped[Tensor, " n"] | Shaped[np.ndarray, " n"] | Sequence[flo
     """
     values, labels = _scored(scores, y)
     return float(_weighted_auroc(values, labels, np.ones((1, len(values))))[0])
+
+
+def aurocs(
+    scores: Float[np.ndarray, "*batch n"], labels: Int[np.ndarray, "*labels n"]
+) -> Float[np.ndarray, "*batch"]:
+    """Return the AUROC of every row of scores; labels (0 and 1) are broadcast to them. Exact for ties.
+
+    The label rides in the lowest bit of the float64 of a float32 score (29 of them are free), so that one plain sort
+    does it. Float64 scores are rounded to float32. Raises ValueError as auroc does.
+    """
+    keys = np.asarray(scores, dtype=np.float32).astype(np.float64) + 0.0  # + 0.0: no negative zero
+    if not np.isfinite(keys).all():
+        raise ValueError("a score is nan or infinite: its rank does not exist")
+    labels = np.broadcast_to(labels, keys.shape)
+    n_positive = labels.sum(-1)
+    n = keys.shape[-1]
+    if (n_positive == 0).any() or (n_positive == n).any():
+        raise ValueError("both classes are needed for an AUROC, and one is absent")
+    bits = keys.view(np.int64)
+    bits |= labels
+    keys.sort(axis=-1)
+    one = bits & 1
+    wins = (one * np.arange(1, n + 1)).sum(-1) - n_positive * (n_positive + 1) / 2
+    area = wins / (n_positive * (n - n_positive))
+    level = bits & ~1
+    tied = (level[..., 1:] == level[..., :-1]).any(-1)
+    for at in zip(*np.nonzero(tied), strict=True):
+        area[at] = _weighted_auroc(level[at].view(np.float64), one[at], np.ones((1, n)))[0]
+    return area
+
+
+def fold_area(
+    scores: Shaped[np.ndarray, " n"], labels: Int[np.ndarray, " n"], number: Int[np.ndarray, " n"]
+) -> tuple[float, float]:
+    """Return AUROC and variance over groups of one fold's rows, its scorer held fixed.
+
+    DeLong's variance (Biometrics 44:837, 1988) summed over groups (Obuchowski, Biometrics 53:567, 1997), within
+    strata of groups (positive, negative, mixed), so that groups of one row give DeLong's figure exactly.
+    """
+    positive, negative = np.sort(scores[labels == 1]), np.sort(scores[labels == 0])
+
+    def below(sorted_: np.ndarray, at: np.ndarray) -> np.ndarray:
+        return (np.searchsorted(sorted_, at, "left") + np.searchsorted(sorted_, at, "right")) / (2 * len(sorted_))
+
+    placement = np.where(labels == 1, below(negative, scores), 1 - below(positive, scores))
+    area = float(placement[labels == 1].mean())
+    share = (placement - area) / np.where(labels == 1, len(positive), len(negative))
+    _, local = np.unique(number, return_inverse=True)
+    influence = np.bincount(local, share)
+    holds = (np.bincount(local, labels) > 0) * 2 + (np.bincount(local, 1 - labels) > 0)
+    variance = 0.0
+    for stratum in np.unique(holds):
+        members = influence[holds == stratum]
+        count = len(members)
+        variance += count / (count - 1) * ((members - members.mean()) ** 2).sum() if count > 1 else members[0] ** 2
+    return area, float(variance)
 
 
 def auroc_interval(
@@ -144,21 +211,54 @@ def grouped_folds(
     return [(np.flatnonzero(rows != fold), np.flatnonzero(rows == fold)) for fold in range(n)]
 
 
+def fold_numbers(folds: Sequence[tuple[np.ndarray, np.ndarray]]) -> Int[np.ndarray, " n"]:
+    """Return the number of the fold whose test rows hold each row."""
+    number = np.empty(sum(len(test) for _, test in folds), dtype=np.int64)
+    for k, (_, test) in enumerate(folds):
+        number[test] = k
+    return number
+
+
 def permute_labels(y: Labels, groups: Labels | None, rng: np.random.Generator) -> Int[np.ndarray, " n"]:
     """Return labels shuffled as the null hypothesis allows: within every group that holds both classes, and between
     whole groups where a group holds one class only (rows of such a group are not exchangeable with others).
     """
     labels = as_labels(y)
-    number = as_groups(groups, len(labels))
-    shuffled = labels.copy()
-    rows_of = [np.flatnonzero(number == g) for g in range(int(number.max()) + 1)]
-    constant = [rows for rows in rows_of if np.ptp(labels[rows]) == 0]
-    for rows, value in zip(constant, rng.permutation([labels[rows[0]] for rows in constant]), strict=True):
-        shuffled[rows] = value
-    for rows in rows_of:
-        if np.ptp(labels[rows]):
-            shuffled[rows] = rng.permutation(labels[rows])
-    return shuffled
+    return labels[permutations(labels, groups, 1, rng)[0]]
+
+
+def permutations(
+    y: Shaped[np.ndarray, " n"],
+    groups: Labels | None,
+    n: int,
+    rng: np.random.Generator,
+    strata: Shaped[np.ndarray, " n"] | None = None,
+) -> Int[np.ndarray, "draws rows"]:
+    """Return n draws of the row whose label each row takes under the null: labels become y[draw].
+
+    Rows of a group that holds several labels swap among themselves; a group of one label takes that of another whole
+    group of one label (of its own stratum, where the rows of a group share one).
+    """
+    number = as_groups(groups, len(y))
+    n_groups = int(number.max()) + 1
+    by_group = np.argsort(number, kind="stable")
+    starts = np.searchsorted(number[by_group], np.arange(n_groups))
+    ordered = y[by_group]
+    mixed = np.maximum.reduceat(ordered, starts) != np.minimum.reduceat(ordered, starts)
+    first = by_group[starts]
+    constant = np.flatnonzero(~mixed)
+    stratum = np.zeros(n_groups, dtype=np.int64) if strata is None else np.asarray(strata)[first]
+    layers = stratum[constant]
+    layered = constant[np.argsort(layers, kind="stable")]
+    draws = np.empty((n, len(y)), dtype=np.int64)
+    source = np.arange(n_groups)
+    for draw in draws:
+        if mixed.any():
+            draw[np.lexsort((rng.random(len(y)), number))] = by_group
+        source[constant[np.lexsort((rng.random(len(constant)), layers))]] = layered
+        whole = ~mixed[number]
+        draw[whole] = first[source[number[whole]]]
+    return draws
 
 
 def placebo_directions(d: int, n: int, seed: int = 0) -> Float[Tensor, "n d"]:
