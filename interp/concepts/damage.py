@@ -6,12 +6,11 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
 
 from interp.acts.direction import Direction
 from interp.concepts.steering import add, steer
 from interp.concepts.writing import Progress, Push, rows_at_once
-from interp.model.loading import as_model
+from interp.model.loading import Model, as_model
 from interp.model.tokens import TokenBatch
 
 __all__ = ["damage", "damages"]
@@ -48,35 +47,39 @@ def damages(
     limit = rows_at_once(model, max_len)
     for start in range(0, len(texts), limit):
         batch = model.tokenize(list(texts[start : start + limit]), max_len=min(max_len, model.n_ctx))
-        keep = batch.mask & ~batch.special
-        last = keep[:, :-1] & batch.mask[:, 1:]
-        counts += [int(keep.sum()), int(last.sum())]
-        base = model.logits(batch.ids, batch.mask).float().log_softmax(-1)
+        base = _Base(model, batch)
+        counts += [int(base.keep.sum()), len(base.targets)]
         step = max(1, limit // len(batch.ids))
         for at in range(0, len(active), step):
             some = active[at : at + step]
-            found[some] += _moved(model, batch, base, [pushes[i] for i in some])
+            found[some] += base.moved(model, [pushes[i] for i in some])
             if progress is not None:
-                progress("neutral text", start * len(active) + (at + len(some)) * len(batch.ids),
-                         len(texts) * len(active))  # fmt: skip
+                done = start * len(active) + (at + len(some)) * len(batch.ids)
+                progress("neutral text", done, len(texts) * len(active))
     if not (counts > 0).all():
         raise ValueError("the neutral texts leave nothing to predict: give texts of several tokens")
     return found / counts
 
 
-def _moved(
-    model: Any, batch: TokenBatch, base: Float[Tensor, "n t v"], pushes: list[Push]
-) -> Float[np.ndarray, "pushes 2"]:
-    """Return the sums over the tokens of one batch of KL and of extra loss, for each push."""
-    n, k = len(batch.ids), len(pushes)
-    keep = batch.mask & ~batch.special
-    last = keep[:, :-1] & batch.mask[:, 1:]
-    operation = add([d for d, _ in pushes for _ in range(n)], [s for _, s in pushes for _ in range(n)], "all")
-    with steer(model, operation):
-        steered = model.logits(batch.ids.repeat(k, 1), batch.mask.repeat(k, 1)).float().log_softmax(-1)
-    steered = steered.unflatten(0, (k, n))
-    kl = (base.exp() * (base - steered)).sum(-1).cpu().double()
-    targets = batch.ids[:, 1:, None].to(base.device)
-    extra = (base[:, :-1].gather(2, targets) - steered[:, :, :-1].gather(3, targets.expand(k, -1, -1, -1)))[..., 0]
-    sums = [torch.where(keep, kl, 0.0).sum((1, 2)), torch.where(last, extra.cpu().double(), 0.0).sum((1, 2))]
-    return torch.stack(sums, 1).numpy()
+class _Base:
+    """A batch of texts with the predictions of the model as it is, at the tokens that count."""
+
+    def __init__(self, model: Model, batch: TokenBatch):
+        self.batch, self.keep = batch, batch.mask & ~batch.special
+        follows = torch.cat([batch.mask[:, 1:], torch.zeros_like(batch.mask[:, :1])], 1)
+        self.has_next = follows[self.keep]
+        self.targets = torch.roll(batch.ids, -1, 1)[self.keep][self.has_next]
+        self.logp = model.logits(batch.ids, batch.mask)[self.keep].float().log_softmax(-1)
+        self.p = self.logp.exp()
+
+    def moved(self, model: Model, pushes: list[Push]) -> Float[np.ndarray, "pushes 2"]:
+        """Return the sums over the tokens of KL and of extra loss, for each push."""
+        n, k = len(self.batch.ids), len(pushes)
+        operation = add([d for d, _ in pushes for _ in range(n)], [s for _, s in pushes for _ in range(n)], "all")
+        with steer(model, operation):
+            logits = model.logits(self.batch.ids.repeat(k, 1), self.batch.mask.repeat(k, 1))
+        gap = self.logp - logits.unflatten(0, (k, n))[:, self.keep].float().log_softmax(-1)
+        kl = torch.einsum("tv,ktv->kt", self.p, gap).cpu().double().sum(1)
+        at = self.targets.to(gap.device)[None, :, None].expand(k, -1, -1)
+        extra = gap[:, self.has_next].gather(2, at)[..., 0].cpu().double().sum(1)
+        return torch.stack([kl, extra], 1).numpy()

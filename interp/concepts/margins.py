@@ -119,12 +119,17 @@ def both_orders(contrast: Contrast) -> tuple[Contrast, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Row:
-    """One answer to be read: its tokens after the prompt's, where it begins, and its share in its prompt's margin."""
+    """What the model reads, and the tokens whose log-probabilities there make up a prompt's margin.
 
-    ids: list[int]
+    An answer's last token is predicted, not read: two answers of one token each share a row.
+    """
+
+    ids: tuple[int, ...]  # what is read
     start: int  # the first column that the two answers and the prompt do not share
     prompt: int
-    weight: float
+    columns: tuple[int, ...]  # where each of the targets is predicted
+    targets: tuple[int, ...]
+    weights: tuple[float, ...]  # of the targets' log-probabilities in the margin
 
 
 def margins(
@@ -150,20 +155,19 @@ def margins(
         raise ValueError(f"positions is {positions!r}; of contrast answers it is one of {', '.join(STEERED)}")
     rows = _rows(model, prompts, per_token)
     active = [i for i, (_, strength) in enumerate(pushes) if strength]
-    jobs: list[tuple[Push | None, _Row]] = [(None, row) for row in rows] if len(active) < len(pushes) else []
-    jobs += [(pushes[i], row) for i in active for row in rows]
-    order = sorted(range(len(jobs)), key=lambda j: len(jobs[j][1].ids))  # alike in length: few pads
-    logp, done = np.zeros(len(jobs)), 0
+    moved: list[Push | None] = [pushes[i] for i in active]
+    moved = [None, *moved] if len(active) < len(pushes) else moved
+    jobs = [(k, r) for r in sorted(range(len(rows)), key=lambda r: len(rows[r].ids)) for k in range(len(moved))]
+    out, done = np.zeros((len(moved), len(prompts))), 0
     while done < len(jobs):
-        width = max(len(jobs[j][1].ids) for j in order[done : done + 256])
-        some = order[done : done + rows_at_once(model, width, 256)]
-        logp[some] = _log_probs(model, [jobs[j] for j in some], positions)
+        width = len(rows[jobs[min(done + 255, len(jobs) - 1)][1]].ids)
+        some = jobs[done : done + rows_at_once(model, width, 256)]
+        logp = _log_probs(model, [moved[k] for k, _ in some], [rows[r] for _, r in some], positions)
+        for (k, r), found in zip(some, logp, strict=True):
+            out[k, rows[r].prompt] += float(np.dot(rows[r].weights, found))
         done += len(some)
         if progress is not None:
             progress("contrast answers", done, len(jobs))
-    out = np.zeros((len(jobs) // len(rows), len(prompts)))
-    for j, (_, row) in enumerate(jobs):
-        out[j // len(rows), row.prompt] += row.weight * logp[j]
     at = {i: k + (len(active) < len(pushes)) for k, i in enumerate(active)}
     return out[[at.get(i, 0) for i in range(len(pushes))]]
 
@@ -186,24 +190,37 @@ def _rows(model: Model, prompts: Sequence[Contrast], per_token: bool) -> list[_R
                 raise ValueError(
                     f"{max(map(len, both))} tokens of {c.prompt[:60]!r} exceed {model.n_ctx} of {model.name}"
                 )
-            for ids, sign in zip(both, (1.0, -1.0), strict=True):
-                n = len(ids) - start if per_token else 1
-                rows.append(_Row(ids=ids, start=start, prompt=i, weight=sign / len(orders) / n))
+            rows += _row(i, start, [tuple(ids) for ids in both], per_token, 1 / len(orders))
     return rows
 
 
-def _log_probs(model: Model, jobs: list[tuple[Push | None, _Row]], positions: str) -> Float[np.ndarray, " jobs"]:
-    """Return the summed log-probability of each answer."""
-    batch = pad_rows([r.ids for _, r in jobs], fill=pad_id(model.tokenizer), special_ids=model.special_ids)
+def _row(prompt: int, start: int, answers: list[tuple[int, ...]], per_token: bool, share: float) -> list[_Row]:
+    """Return the rows of a match and an other: one where both are a single token."""
+    parts: dict[tuple[int, ...], list[tuple[int, int, float]]] = {}
+    for ids, sign in zip(answers, (1.0, -1.0), strict=True):
+        weight = sign * share / (len(ids) - start if per_token else 1)
+        parts.setdefault(ids[:-1], []).extend((t - 1, ids[t], weight) for t in range(start, len(ids)))
+    out = []
+    for ids, wanted in parts.items():
+        columns, targets, weights = zip(*wanted, strict=True)
+        out.append(_Row(ids=ids, start=start, prompt=prompt, columns=columns, targets=targets, weights=weights))
+    return out
+
+
+def _log_probs(model: Model, pushes: list[Push | None], rows: list[_Row], positions: str) -> list[np.ndarray]:
+    """Return the log-probabilities of each row's targets."""
+    batch = pad_rows([row.ids for row in rows], fill=pad_id(model.tokenizer), special_ids=model.special_ids)
     columns = torch.arange(batch.ids.shape[1])[None]
-    width = torch.tensor([row.start for _, row in jobs])[:, None]
-    pushes = [push for push, _ in jobs]
+    width = torch.tensor([row.start for row in rows])[:, None]
     moved = torch.tensor([push is not None for push in pushes])[:, None]
     steered = STEERED[positions](columns, width) & batch.mask & ~batch.special & moved
     logits = _steered_logits(model, batch.ids, batch.mask, pushes, steered)
-    logp = logits[:, :-1].float().log_softmax(-1).gather(2, batch.ids[:, 1:, None].to(logits.device))[..., 0].cpu()
-    wanted = batch.mask[:, 1:] & (columns[:, 1:] >= width)
-    return torch.where(wanted, logp.double(), 0.0).sum(1).numpy()
+    counts = [len(row.targets) for row in rows]
+    at_row = torch.arange(len(rows)).repeat_interleave(torch.tensor(counts))
+    at_column = torch.tensor([c for row in rows for c in row.columns])
+    targets = torch.tensor([t for row in rows for t in row.targets])
+    logp = logits[at_row, at_column].float().log_softmax(-1).cpu().gather(1, targets[:, None])[:, 0]
+    return np.split(logp.double().numpy(), np.cumsum(counts)[:-1])
 
 
 def _steered_logits(

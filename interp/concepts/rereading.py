@@ -1,4 +1,4 @@
-"""A classifier that reads generated text anew through the unsteered model, and the check that its texts are separate."""
+"""A classifier that reads generated text anew through the unsteered model, fitted on texts checked to be separate."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,9 +98,7 @@ def refuse_overlap(
     if direction.data and direction.data == data_fingerprint(rows, labels):
         raise ValueError("these labelled texts are the rows that the direction was fitted on: give others")
     if fitting_texts is None:
-        known = (
-            "are not all of the rows that the direction was fitted on" if direction.data else "could not be compared"
-        )
+        known = "as a whole are not what the direction was fitted on" if direction.data else "could not be compared"
         return f"the labelled texts {known}; whether single ones are among them was not checked: no fitting texts given"
     fitted = {_plain(text) for text in fitting_texts}
     both = [text for text in texts if _plain(text) in fitted]
@@ -121,16 +119,14 @@ def parts_of(labelled: Any) -> tuple[list[str], np.ndarray, list | None]:
 
     Raises TypeError for anything else, ValueError for labels other than 0 and 1 or of another number.
     """
-    if isinstance(labelled, tuple) and len(labelled) in (2, 3):
-        texts, labels, groups = (*labelled, None)[:3]
-    elif hasattr(labelled, "texts") and hasattr(labelled, "labels"):
-        texts, labels, groups = labelled.texts, labelled.labels, getattr(labelled, "groups", None)
-    else:
+    given = tuple(labelled) if isinstance(labelled, (tuple, list)) and len(labelled) in (2, 3) else None
+    if given is None and not (hasattr(labelled, "texts") and hasattr(labelled, "labels")):
         raise TypeError(
-            f"labelled texts have `texts` and `labels`, or are such a pair; {type(labelled).__name__} is not"
+            f"labelled texts have texts and labels, or are such a pair; a {type(labelled).__name__} has not"
         )
+    texts, labels = given[:2] if given else (labelled.texts, labelled.labels)
+    groups = (given[2] if len(given) > 2 else None) if given else getattr(labelled, "groups", None)
     y = as_labels(labels)
     if len(y) != len(texts):
         raise ValueError(f"{len(y)} labels were given for {len(texts)} texts")
-    has_groups = groups is not None and len(groups) > 0
-    return list(texts), y, as_list(groups) if has_groups else None
+    return list(texts), y, as_list(groups) if groups is not None and len(groups) > 0 else None

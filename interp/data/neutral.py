@@ -14,7 +14,7 @@ SEED = 9_000  # away from the seeds of training and of the unit of strength
 
 
 def neutral_texts(
-    n: int = 16, *, seed: int = 0, evidence: Callable[[list[str]], Sequence[float]] | None = None
+    n: int = 12, *, seed: int = 0, evidence: Callable[[list[str]], Sequence[float]] | None = None
 ) -> list[str]:
     """Return n short documents, the same for the same seed.
 
