@@ -19,6 +19,7 @@ __all__ = [
     "permutations",
     "permute_labels",
     "placebo_directions",
+    "score_interval",
 ]
 
 Labels = Sequence | np.ndarray | Tensor
@@ -154,7 +155,7 @@ def auroc_interval(
         parts.append(_weighted_auroc(values, labels, counts[:, number]))
     drawn = np.concatenate(parts)
     if np.ptp(drawn) == 0:
-        return _newcombe(float(drawn[0]), n_positive, n_negative, level)
+        return score_interval(float(drawn[0]), n_positive, n_negative, level=level)
     if holds.shape[1] >= FEW_GROUPS:
         low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
         return float(low), float(high)
@@ -293,8 +294,13 @@ def _weighted_auroc(
     return wins / (positive.sum(1) * negative.sum(1))
 
 
-def _newcombe(area: float, n_positive: int, n_negative: int, level: float) -> tuple[float, float]:
-    """Solve |area - x| = z * sqrt(V(x)) for x on either side by bisection."""
+def score_interval(
+    area: float | int, n_positive: int, n_negative: int, *, level: float = 0.95
+) -> tuple[float, float]:
+    """Return Newcombe's score interval of an AUROC (Stat. Med. 25:559, 2006, method 5), from numbers of rows alone.
+
+    Solves |area - x| = z * sqrt(V(x)) for x on either side by bisection; it has a width where area is 0 or 1.
+    """
     z2 = NormalDist().inv_cdf((1 + level) / 2) ** 2
     mean_n = (n_positive + n_negative) / 2
 

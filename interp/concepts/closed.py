@@ -16,9 +16,9 @@ class Columns:
     Every reader returns weights [cell, set, column, d] and biases [cell, set, column] for the rows in `F`.
     """
 
-    F: Tensor  # [cell, n, d] float32, each coordinate standardised over all rows
+    F: Tensor  # [cell, n, d], each coordinate standardised over all rows
     deviation: Tensor  # [cell, d] what it was divided by
-    Y: Tensor  # [column, n] float32: labels 0 and 1, or targets
+    Y: Tensor  # [column, n] of the same dtype: labels 0 and 1, or targets
     bounds: Sequence[int]  # where folds begin, and n
     left_out: Sequence[tuple[int, ...]]
 
@@ -111,7 +111,7 @@ def _ledoit_wolf(
 def _fourth_powers(data: Columns, i: int, scale: Tensor, high: Tensor, low: Tensor) -> Tensor:
     """Return the sum over one training set's rows of |row - its class mean|^4, standardised: [cell, column]."""
     out = data.left_out[i]
-    keep = torch.ones(data.F.shape[1], device=data.F.device)
+    keep = torch.ones_like(data.F[0, :, 0])
     for k in out:
         keep[data.bounds[k] : data.bounds[k + 1]] = 0
     metric = scale[:, i, None].square().reciprocal()
@@ -156,7 +156,7 @@ def ridge(data: Columns, C: float = 1.0) -> tuple[Tensor, Tensor]:
     matrix = n[..., None] * S / (scale[..., :, None] * scale[..., None, :])
     matrix.diagonal(dim1=-2, dim2=-1).add_(1 / C)
     labels = bool(((data.Y == 0) | (data.Y == 1)).all())
-    solved = torch.cholesky_solve(right.mT.double(), torch.linalg.cholesky(matrix.double())).mT.float()
+    solved = torch.cholesky_solve(right.mT.double(), torch.linalg.cholesky(matrix.double())).mT.to(right.dtype)
     weight = (2 if labels else 1) * solved / scale[:, :, None]
     return weight, (2 * level - 1 if labels else level) - (weight * mean[:, :, None]).sum(-1)
 

@@ -45,6 +45,8 @@ class Outcome:
     areas: tuple[float, ...]  # one a fold
     winners: tuple[tuple[int, int], ...]  # candidate and cell chosen without each fold
     inner: float  # mean over folds of the winners' inner scores
+    agreement: float  # share of pairs of folds that chose the same candidate and cell
+    clustered: float  # standard error over groups, for a few of them: deviations from `area`, not from a fold's own
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -127,6 +129,8 @@ def outcomes(scores: Scores, labels: np.ndarray, folds: np.ndarray, groups: np.n
                 areas=tuple(a for a, _ in areas),
                 winners=tuple(winners),
                 inner=float(np.mean([scores.inner[j, c, k, p] for k, (j, c) in enumerate(winners)])),
+                agreement=float(same[~np.eye(n_folds, dtype=bool)].mean()),
+                clustered=_clustered(held, labels[p], bounds, groups, shares),
             )
         )
     return found
@@ -152,6 +156,55 @@ def standard_error(
     np.fill_diagonal(correlation, 1.0)
     scaled = shares * np.sqrt(variances)
     return float(np.sqrt(scaled @ correlation @ scaled))
+
+
+def _clustered(
+    held: Sequence[np.ndarray], labels: np.ndarray, bounds: Sequence[int], groups: np.ndarray, shares: np.ndarray
+) -> float:
+    placed = np.zeros(len(labels))
+    for scores, share, (a, b) in zip(held, shares, pairwise(bounds), strict=True):
+        y = labels[a:b]
+        wins = np.sign(scores[y == 1][:, None] - scores[y == 0][None, :]) / 2 + 0.5
+        placed[a:b][y == 1] = share * wins.mean(1) / len(wins)
+        placed[a:b][y == 0] = share * wins.mean(0) / wins.shape[1]
+    area = placed[labels == 1].sum()
+    for share, (a, b) in zip(shares, pairwise(bounds), strict=True):
+        y = labels[a:b]
+        placed[a:b] -= share * area / np.where(y == 1, y.sum(), len(y) - y.sum())
+    _, local = np.unique(groups, return_inverse=True)
+    sums = np.bincount(local, placed)
+    return float(np.sqrt(len(sums) / (len(sums) - 1) * (sums**2).sum()))
+
+
+def control_outcomes(
+    cells: Mapping[str, Cell],
+    y: Int[np.ndarray, " n"],
+    folds: Int[np.ndarray, " n"],
+    groups: Int[np.ndarray, " n"],
+    types: Int[np.ndarray, " n"],
+    candidates: Sequence[Candidate],
+    rng: np.random.Generator,
+    n: int = 10,
+) -> list[Outcome]:
+    """Return the outcomes of n control tasks: every type gets one label at random, of the share that label 1 has.
+
+    Raises ValueError where there are so few types that folds keep being left with one label.
+    """
+    drawn: list[np.ndarray] = []
+    for _ in range(50 * n):
+        labels = (rng.random(int(types.max()) + 1) < y.mean()).astype(np.int64)[types]
+        if all(0 < labels[folds == k].mean() < 1 for k in range(int(folds.max()) + 1)):
+            drawn.append(labels)
+        if len(drawn) == n:
+            break
+    else:
+        raise ValueError(
+            f"{int(types.max()) + 1} types are too few for a control task: random labels leave a fold with one class"
+        )
+    order = np.argsort(folds, kind="stable")
+    labels = np.stack(drawn)[:, order]
+    block = score_block([_take(c, order) for c in cells.values()], labels, folds[order], candidates)
+    return outcomes(block, labels, folds[order], groups[order])
 
 
 def run(

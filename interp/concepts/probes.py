@@ -12,7 +12,9 @@ from torch import Tensor
 
 from interp.acts.direction import Direction, as_rows
 from interp.acts.resampling import Labels, as_groups, as_list, auroc, auroc_interval, permute_labels, placebo_directions
+from interp.concepts.closed import CLOSED, Columns
 from interp.concepts.finders import Rows, labelled_direction, labelled_rows, mean_difference
+from interp.concepts.solver import ConvergenceError, fit_logistic
 from sae.io import FormatError, load_tensors, save_tensors
 
 __all__ = ["PROBES", "Probe", "ProbeResult", "evaluate_layers", "evaluate_probe", "fit_probe"]
@@ -93,21 +95,13 @@ class ProbeResult:
 
 
 def logistic(rows: Tensor, labels: np.ndarray, C: float) -> tuple[Tensor, float]:
-    """Return weight and bias of L2-penalised logistic regression, in raw units.
+    """Return weight and bias of L2-penalised logistic regression, in raw units: the optimum of scikit-learn's problem.
 
     Rows are standardised by their own mean and deviation, and the weights divided by the deviation afterwards: left
     undivided they point elsewhere whenever coordinates differ in variance. C is the inverse penalty of scikit-learn.
     """
-    from sklearn.linear_model import LogisticRegression
-    from threadpoolctl import threadpool_limits
-
-    X = rows.double().numpy()
-    mean, deviation = X.mean(0), X.std(0)
-    deviation[deviation <= 1e-12 * np.abs(mean).clip(min=1e-30)] = 1.0  # a constant coordinate: standardises to 0
-    with threadpool_limits(1, "blas"):  # many small products: threads that wait for each other take 20 times as long
-        fit = LogisticRegression(C=C, max_iter=5000).fit((X - mean) / deviation, labels)
-    weight = fit.coef_[0] / deviation
-    return torch.from_numpy(weight), float(fit.intercept_[0] - weight @ mean)
+    fit = fit_logistic(rows, torch.from_numpy(labels)[:, None], C=C, tol=1e-6, dtype=torch.float64)
+    return fit.weight[0, :, 0], float(fit.bias[0, 0])
 
 
 def mean_difference_line(rows: Tensor, labels: np.ndarray, C: float) -> tuple[Tensor, float]:
@@ -117,9 +111,64 @@ def mean_difference_line(rows: Tensor, labels: np.ndarray, C: float) -> tuple[Te
     return weight, -float(along[labels == 1].mean() + along[labels == 0].mean()) / 2
 
 
+def lda_line(rows: Tensor, labels: np.ndarray, C: float) -> tuple[Tensor, float]:
+    """Return the log-odds of linear discriminant analysis with Ledoit and Wolf's shrinkage (C unused)."""
+    return _closed("lda", rows, labels, C)
+
+
+def ridge_line(rows: Tensor, labels: np.ndarray, C: float) -> tuple[Tensor, float]:
+    """Return ridge regression of -1 and 1 on standardised rows, penalty 1 / C."""
+    return _closed("ridge", rows, labels, C)
+
+
+def svm_line(rows: Tensor, labels: np.ndarray, C: float) -> tuple[Tensor, float]:
+    """Return a linear support vector machine (squared hinge, on standardised rows), in raw units.
+
+    Raises ConvergenceError where scikit-learn's solver does not converge.
+    """
+    import warnings
+
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.svm import LinearSVC
+
+    F, mean, deviation = _standardised(rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConvergenceWarning)
+        try:
+            fit = LinearSVC(C=C, dual="auto", max_iter=100_000, random_state=0).fit(F.numpy(), labels)
+        except ConvergenceWarning as warning:
+            raise ConvergenceError(f"the support vector machine did not converge; take a smaller C than {C}") from warning
+    weight = torch.from_numpy(fit.coef_[0]) / deviation
+    return weight, float(fit.intercept_[0] - weight @ mean)
+
+
+def _standardised(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    X = rows.double()
+    mean, deviation = X.mean(0), X.std(0, correction=0)
+    deviation = torch.where(deviation <= 1e-12 * mean.abs().clamp_min(1e-30), 1.0, deviation)
+    return (X - mean) / deviation, mean, deviation
+
+
+def _closed(method: str, rows: Tensor, labels: np.ndarray, C: float) -> tuple[Tensor, float]:
+    F, mean, deviation = _standardised(rows)
+    data = Columns(
+        F=F[None],
+        deviation=deviation[None],
+        Y=torch.from_numpy(labels)[None].double(),
+        bounds=(0, len(rows)),
+        left_out=((),),
+    )
+    weight, bias = CLOSED[method](data, C)
+    raw = weight[0, 0, 0] / deviation
+    return raw, float(bias[0, 0, 0] - raw @ mean)
+
+
 PROBES: dict[str, Callable[[Tensor, np.ndarray, float], tuple[Tensor, float]]] = {
     "logistic": logistic,
     "mean_difference": mean_difference_line,
+    "lda": lda_line,
+    "ridge": ridge_line,
+    "svm": svm_line,
 }
 
 
@@ -128,8 +177,9 @@ def fit_probe(
 ) -> Probe:
     """Return a probe of label 1 against label 0, weights in raw activation units.
 
-    "logistic" (inverse penalty C on standardised rows) or "mean_difference" (C unused). With model and hook point its
-    direction can steer. Raises ValueError for one class only, values that are not finite, an unknown method, C <= 0.
+    PROBES lists the methods: "logistic", "ridge" and "svm" take the inverse penalty C on standardised rows, "lda" and
+    "mean_difference" need none. With model and hook point its direction can steer. Raises ValueError for one class
+    only, values that are not finite, an unknown method, C <= 0.
     """
     rows, labels = labelled_rows(X, y)
     weight, bias = _line(method, rows, labels, C)

@@ -1,0 +1,454 @@
+"""Which cell (layer, position) and method reads a concept, and how well on groups that had no say in the choice."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from interp.acts.direction import as_rows
+from interp.acts.resampling import (
+    FEW_GROUPS,
+    Labels,
+    as_groups,
+    as_labels,
+    as_list,
+    auroc,
+    aurocs,
+    fold_area,
+    fold_numbers,
+    grouped_folds,
+    placebo_directions,
+    score_interval,
+)
+from interp.concepts.closed import CLOSED
+from interp.concepts.nested import Candidate, Cell, Outcome, Scores, control_outcomes, run, standard_error
+from interp.concepts.probes import PROBES, Probe, fit_probe
+
+__all__ = ["Calibration", "CellScore", "Choice", "LearningPoint", "Sweep", "Untrained", "sweep"]
+
+METHODS = ("logistic", *CLOSED)
+SETTLED = (3.0, 6.0)  # standard errors from chance between which the correction measured at chance fades out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A cell and the method that reads it."""
+
+    cell: str
+    method: str
+    C: float | None  # inverse penalty; None for methods without one
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellScore:
+    """Plain cross-validated AUROC of one cell and method; the best of a table is too good, its interval too."""
+
+    cell: str
+    method: str
+    C: float | None
+    auroc: float
+    interval: tuple[float, float]  # 95 %, not corrected for the choice among the cells
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What the logistic probabilities of held-out rows are worth, each figure beside its null."""
+
+    brier: float  # mean squared error of the probability
+    brier_base: float  # of always saying the share of label 1
+    log_loss: float  # nats a row
+    log_loss_base: float
+    ece: float  # mean |share of label 1 - mean probability| over 10 bins of equal size
+    ece_calibrated: float  # mean of it where labels are drawn from these very probabilities
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningPoint:
+    """Held-out AUROC of the chosen cells, fitted on part of the training groups."""
+
+    share: float
+    n_rows: float  # mean number of training rows
+    auroc: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Untrained:
+    """The whole sweep on the rows of an untrained model."""
+
+    auroc: float
+    interval: tuple[float, float]
+    p_value: float | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sweep:
+    """Outer scores of a nested sweep: what the procedure, its choice included, reaches on unseen groups."""
+
+    auroc: float  # chance that a positive scores above a negative of the same held-out fold
+    interval: tuple[float, float]  # 95 %
+    interval_by: str  # how it was made
+    p_value: float | None  # (1 + permutations that reach auroc) / (1 + permutations); None without permutations
+    accuracy: float
+    majority: float  # accuracy of always saying the commoner label
+    control: float | None  # mean AUROC of the same procedure on control labels
+    control_task: str  # what these are
+    selectivity: float | None  # auroc - control
+    random_direction: float  # mean AUROC of random directions in the chosen cells, their sign from the training rows
+    untrained: Untrained | None
+    calibration: Calibration | None  # None where no method is logistic
+    inner: float  # mean inner score of what was chosen: what a choice on the test rows would have reported
+    in_sample: float  # AUROC on the rows that the chosen readers were fitted on
+    gap: float  # in_sample - auroc
+    learning_curve: tuple[LearningPoint, ...]
+    table: tuple[CellScore, ...]  # best first
+    choice: Choice  # the table's best: fitted on all rows, it is `best`
+    chosen: tuple[Choice, ...]  # what was chosen without each fold
+    fold_aurocs: tuple[float, ...]
+    null: tuple[float, ...]  # AUROC of each permutation
+    n: int
+    n_groups: int
+    seed: int
+    best: Probe
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all figures as JSON holds them, without the probe."""
+        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "best"}
+        return {k: _plain(v) for k, v in kept.items()}
+
+
+def sweep(
+    X: Mapping[str, Tensor] | Mapping[str, np.ndarray],
+    y: Labels,
+    *,
+    groups: Labels | None = None,
+    pairs: Labels | None = None,
+    methods: Sequence[str] = ("logistic", "lda", "mean_difference"),
+    Cs: Sequence[float | int] = (1.0,),
+    folds: int = 5,
+    n_permutations: int = 200,
+    n_random: int = 20,
+    shares: Sequence[float] = (0.1, 0.25, 0.5),
+    types: Labels | None = None,
+    untrained: Mapping[str, Tensor] | Mapping[str, np.ndarray] | None = None,
+    model: Any = None,
+    seed: int = 0,
+) -> Sweep:
+    """Return what nested, grouped, stratified cross-validation over cells and methods finds, and its nulls.
+
+    X maps a cell ("resid_post.2", or "resid_post.2 @ last") to its rows [n, d] in raw units; y holds 0 and 1. Rows of
+    a group, and of a pair, stay in one fold. The best of all cells, methods and inverse penalties (Cs, for logistic
+    and ridge) is chosen without each outer fold and judged on it; AUROC is taken within folds, since scores of
+    different fits are no common scale. Permutations repeat the whole choice; labels move within pairs or groups, and
+    between whole groups where a group holds one label.
+
+    The interval takes the training rows that folds share into account (see nested.standard_error) and is scaled to
+    the spread of the permutations; below 30 groups it inverts the permutation test, which needs 39 permutations.
+    Types (say, the word of a token) add Hewitt and Liang's control task (arXiv:1909.03368): one random label a type.
+    `untrained` holds rows of the same examples from an untrained model.
+    Raises ValueError where the data do not allow this (too few groups, one class in a fold, rows that are not finite).
+    """
+    rows, labels, group, unit = _checked(X, y, groups, pairs)
+    candidates = _candidates(methods, Cs)
+    if folds < 3:
+        raise ValueError(f"folds is {folds}; a nested choice needs at least 3")
+    if int(group.max()) + 1 < folds:
+        raise ValueError(f"{folds} folds need as many groups, there are {int(group.max()) + 1}: use fewer folds")
+    few = int(group.max()) + 1 < FEW_GROUPS
+    if few and n_permutations < 39:
+        raise ValueError(
+            f"with {int(group.max()) + 1} groups the interval is an inverted permutation test: at least 39 permutations "
+            f"are needed, n_permutations is {n_permutations}"
+        )
+    split = grouped_folds(group, folds, seed, labels)
+    fold = fold_numbers(split)
+    rng = np.random.default_rng(seed)
+    cells = {name: Cell.of(x) for name, x in rows.items()}
+    true, scores, null = run(cells, labels, fold, group, unit, candidates, n_permutations, rng)
+    interval, by = _interval(true, null, labels, group)
+    names = list(cells)
+    chosen = [(names[c], candidates[j]) for j, c in true.winners]
+    order = np.argsort(fold, kind="stable")
+    held = np.empty(len(labels), dtype=np.float32)
+    held[order] = np.concatenate([scores.held[k][j, c, 0] for k, (j, c) in enumerate(true.winners)])
+    table = _table(scores, names, candidates, labels[order], fold[order], group[order], interval if few else None, true)
+    control, task = _control(cells, labels, fold, group, candidates, types, null, rng)
+    in_sample, curve = _fits(rows, labels, split, group, chosen, shares, true.areas, rng)
+    first = table[0]
+    probe = fit_probe(
+        rows[first.cell], labels, method=first.method, C=first.C or 1.0, hook=first.cell.split(" @ ")[0], model=model
+    )
+    return Sweep(
+        auroc=true.area,
+        interval=interval,
+        interval_by=by,
+        p_value=_p_value(true, null),
+        accuracy=float(((held > 0) == labels).mean()),
+        majority=float(max(labels.mean(), 1 - labels.mean())),
+        control=control,
+        control_task=task,
+        selectivity=None if control is None else true.area - control,
+        random_direction=_random(cells, labels, split, [name for name, _ in chosen], n_random, seed),
+        untrained=_untrained(untrained, rows, labels, fold, group, unit, candidates, n_permutations, rng),
+        calibration=_calibration(scores, candidates, labels[order], fold[order], rng),
+        inner=true.inner,
+        in_sample=in_sample,
+        gap=in_sample - true.area,
+        learning_curve=curve,
+        table=table,
+        choice=Choice(cell=first.cell, method=first.method, C=first.C),
+        chosen=tuple(_choice(name, candidate) for name, candidate in chosen),
+        fold_aurocs=true.areas,
+        null=tuple(o.area for o in null),
+        n=len(labels),
+        n_groups=int(group.max()) + 1,
+        seed=seed,
+        best=probe,
+    )
+
+
+def _checked(
+    X: Mapping[str, Any], y: Labels, groups: Labels | None, pairs: Labels | None
+) -> tuple[dict[str, Tensor], np.ndarray, np.ndarray, np.ndarray]:
+    if not X:
+        raise ValueError("no cells were given: X maps names such as 'resid_post.2' to rows [n, d]")
+    labels = as_labels(y)
+    rows = {}
+    for name, x in X.items():
+        try:
+            rows[name] = as_rows(x)
+        except ValueError as error:
+            raise ValueError(f"cell {name!r}: {error}") from error
+        if len(rows[name]) != len(labels):
+            raise ValueError(f"cell {name!r} has {len(rows[name])} rows, but {len(labels)} labels were given")
+    number, pair = as_groups(groups, len(labels)), as_groups(pairs, len(labels))
+    unit = number if pairs is None else pair
+    return rows, labels, number if pairs is None else _joined(number, pair), unit
+
+
+def _joined(groups: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """Return the number of the smallest sets of rows that cut neither a group nor a pair."""
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    n = int(groups.max()) + 1
+    size = n + int(pairs.max()) + 1
+    links = coo_matrix((np.ones(len(groups)), (groups, n + pairs)), shape=(size, size))
+    _, component = connected_components(links, directed=False)
+    return as_groups(component[groups], len(groups))
+
+
+def _candidates(methods: Sequence[str], Cs: Sequence[float | int]) -> list[Candidate]:
+    unknown = [m for m in methods if m not in METHODS]
+    if unknown or not methods or isinstance(methods, str):
+        raise ValueError(f"methods are some of {', '.join(METHODS)}, {methods!r} was given")
+    if not Cs or not all(C > 0 for C in Cs):
+        raise ValueError(f"Cs are positive inverse penalties, {list(Cs)} was given")
+    return [(m, float(C)) for m in methods for C in (Cs if m in ("logistic", "ridge") else (1.0,))]
+
+
+def _choice(cell: str, candidate: Candidate) -> Choice:
+    return Choice(cell=cell, method=candidate[0], C=candidate[1] if candidate[0] in ("logistic", "ridge") else None)
+
+
+def _p_value(true: Outcome, null: Sequence[Outcome]) -> float | None:
+    return (1 + sum(o.area >= true.area for o in null)) / (1 + len(null)) if null else None
+
+
+def _interval(
+    true: Outcome, null: Sequence[Outcome], labels: np.ndarray, group: np.ndarray
+) -> tuple[tuple[float, float], str]:
+    """Return the 95 % interval of the outer AUROC, and how it was made."""
+    from scipy.special import stdtrit
+
+    n_groups = int(group.max()) + 1
+    quantile = float(stdtrit(n_groups - 1, 0.975))
+    if n_groups < FEW_GROUPS:
+        away = np.sort([abs(o.area - 0.5) for o in null])
+        half = float(away[int(np.ceil(0.95 * (len(away) + 1))) - 1])
+        by = "inverted permutation test"
+        if any(0 < labels[group == g].mean() < 1 for g in range(n_groups)) and true.clustered * quantile > half:
+            half, by = true.clustered * quantile, f"spread of {n_groups} groups, Student's t"
+        return _around(true.area, half), by
+    if not true.spread > 0:
+        sizes = [len(set(group[labels == c].tolist())) for c in (1, 0)]
+        return score_interval(true.area, *sizes), "Newcombe's score interval on numbers of groups"
+    scale, by = 1.0, "DeLong over groups, shared training rows"
+    ratios = [((o.area - 0.5) / o.spread) ** 2 for o in null if o.spread > 0]
+    if len(ratios) >= 20:
+        measured = float(np.mean(ratios))
+        away = abs(true.area - 0.5) / (true.spread * measured**0.5)
+        settled = true.agreement * float(np.clip((away - SETTLED[0]) / (SETTLED[1] - SETTLED[0]), 0, 1))
+        scale, by = 1 + (measured - 1) * (1 - settled), f"{by}, scaled to permutations"
+    return _around(true.area, quantile * true.spread * scale**0.5), by
+
+
+def _around(centre: float, half: float) -> tuple[float, float]:
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _table(
+    scores: Scores,
+    names: list[str],
+    candidates: list[Candidate],
+    labels: np.ndarray,
+    folds: np.ndarray,
+    groups: np.ndarray,
+    inverted: tuple[float, float] | None,
+    true: Outcome,
+) -> tuple[CellScore, ...]:
+    from scipy.special import stdtrit
+
+    quantile = float(stdtrit(int(groups.max()), 0.975))
+    parts = [folds == k for k in range(int(folds.max()) + 1)]
+    shares = np.array([labels[p].sum() * (1 - labels[p]).sum() for p in parts], dtype=float)
+    shares /= shares.sum()
+    found = []
+    for j, candidate in enumerate(candidates):
+        for c, name in enumerate(names):
+            each = [fold_area(scores.held[k][j, c, 0], labels[p], groups[p]) for k, p in enumerate(parts)]
+            area = float(sum(s * a for s, (a, _) in zip(shares, each, strict=True)))
+            every = np.ones((len(parts), len(parts)), dtype=bool)
+            error = standard_error(np.array([v for _, v in each]), shares, scores.alike[j, c, 0], every)
+            half = quantile * error if inverted is None else max(true.area - inverted[0], inverted[1] - true.area)
+            choice = _choice(name, candidate)
+            found.append(CellScore(**asdict(choice), auroc=area, interval=_around(area, half)))
+    return tuple(sorted(found, key=lambda s: -s.auroc))
+
+
+def _control(
+    cells: Mapping[str, Cell],
+    labels: np.ndarray,
+    fold: np.ndarray,
+    group: np.ndarray,
+    candidates: list[Candidate],
+    types: Labels | None,
+    null: Sequence[Outcome],
+    rng: np.random.Generator,
+) -> tuple[float | None, str]:
+    if types is None:
+        return (float(np.mean([o.area for o in null])) if null else None), "permuted labels"
+    number = as_groups(types, len(labels))
+    found = control_outcomes(cells, labels, fold, group, number, candidates, rng)
+    return float(np.mean([o.area for o in found])), "one random label a type"
+
+
+def _random(
+    cells: Mapping[str, Cell], labels: np.ndarray, split: Sequence, chosen: Sequence[str], n: int, seed: int
+) -> float:
+    """Return the mean held-out AUROC of n random directions in the cell chosen for each fold."""
+    total, weight = 0.0, 0.0
+    for (train, test), name in zip(split, chosen, strict=True):
+        cell = cells[name]
+        directions = placebo_directions(cell.F.shape[1], n, seed).T * cell.deviation[:, None].float()
+        along = (cell.F @ directions).T.numpy()
+        seen, held = aurocs(along[:, train], labels[train]), aurocs(along[:, test], labels[test])
+        pairs = labels[test].sum() * (1 - labels[test]).sum()
+        total += pairs * float(np.where(seen >= 0.5, held, 1 - held).mean())
+        weight += pairs
+    return total / weight
+
+
+def _fits(
+    rows: Mapping[str, Tensor],
+    labels: np.ndarray,
+    split: Sequence,
+    group: np.ndarray,
+    chosen: Sequence[tuple[str, Candidate]],
+    shares: Sequence[float],
+    areas: Sequence[float],
+    rng: np.random.Generator,
+) -> tuple[float, tuple[LearningPoint, ...]]:
+    """Return the AUROC on training rows, and held-out AUROC with shares of the training groups, of the chosen."""
+    seen, points = [], {float(s): [] for s in shares}
+    weights = np.array([labels[test].sum() * (1 - labels[test]).sum() for _, test in split], dtype=float)
+    weights /= weights.sum()
+    for (train, test), (name, (method, C)) in zip(split, chosen, strict=True):
+        weight, _ = PROBES[method](rows[name][train], labels[train], C)
+        seen.append(auroc(rows[name][train].double() @ weight, labels[train]))
+        for share in points:
+            some = train[_part(labels[train], group[train], share, rng)]
+            weight, _ = PROBES[method](rows[name][some], labels[some], C)
+            points[share].append((len(some), auroc(rows[name][test].double() @ weight, labels[test])))
+    curve = [
+        LearningPoint(
+            share=s, n_rows=float(np.mean([n for n, _ in p])), auroc=float(np.dot(weights, [a for _, a in p]))
+        )
+        for s, p in points.items()
+    ]
+    full = LearningPoint(share=1.0, n_rows=float(np.mean([len(t) for t, _ in split])), auroc=float(weights @ areas))
+    return float(weights @ seen), (*curve, full)
+
+
+def _part(labels: np.ndarray, group: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
+    """Return the rows of a share of the groups of each kind (one label or the other, both), at least one a label."""
+    if not 0 < share < 1:
+        raise ValueError(f"shares of the training groups lie between 0 and 1, {share} was given")
+    number = as_groups(group, len(labels))
+    kind = np.bincount(number, labels) / np.bincount(number)
+    kept = []
+    for members in (np.flatnonzero(kind == 0), np.flatnonzero(kind == 1), np.flatnonzero((kind > 0) & (kind < 1))):
+        kept += rng.permutation(members)[: int(np.ceil(share * len(members)))].tolist()
+    return np.isin(number, kept)
+
+
+def _calibration(
+    scores: Scores, candidates: list[Candidate], labels: np.ndarray, folds: np.ndarray, rng: np.random.Generator
+) -> Calibration | None:
+    logistic = [j for j, (method, _) in enumerate(candidates) if method == "logistic"]
+    if not logistic:
+        return None
+    inner = scores.inner[logistic][..., 0]
+    decisions = []
+    for k, held in enumerate(scores.held):
+        j, c = np.unravel_index(inner[:, :, k].argmax(), inner.shape[:2])
+        decisions.append(held[logistic[j], c, 0])
+    z = np.concatenate(decisions).astype(float)
+    p = 1 / (1 + np.exp(-z.clip(-500, 500)))
+    base = np.concatenate([np.full((folds == k).sum(), labels[folds != k].mean()) for k in range(len(scores.held))])
+    bins = np.array_split(np.argsort(p, kind="stable"), min(10, len(p)))
+
+    def ece(y: np.ndarray) -> float:
+        return float(sum(abs(y[b].mean() - p[b].mean()) * len(b) for b in bins) / len(p))
+
+    return Calibration(
+        brier=float(((p - labels) ** 2).mean()),
+        brier_base=float(((base - labels) ** 2).mean()),
+        log_loss=float(np.logaddexp(0, np.where(labels == 1, -z, z)).mean()),
+        log_loss_base=float(-np.log(np.where(labels == 1, base, 1 - base)).mean()),
+        ece=ece(labels),
+        ece_calibrated=float(np.mean([ece(rng.random(len(p)) < p) for _ in range(200)])),
+    )
+
+
+def _untrained(
+    untrained: Mapping[str, Any] | None,
+    rows: Mapping[str, Tensor],
+    labels: np.ndarray,
+    fold: np.ndarray,
+    group: np.ndarray,
+    unit: np.ndarray,
+    candidates: list[Candidate],
+    n_permutations: int,
+    rng: np.random.Generator,
+) -> Untrained | None:
+    if untrained is None:
+        return None
+    if set(untrained) != set(rows):
+        raise ValueError(f"the untrained rows are of other cells: {sorted(set(untrained) ^ set(rows))[:3]}")
+    cells = {}
+    for name, x in untrained.items():
+        if len(x) != len(labels):
+            raise ValueError(f"untrained cell {name!r} has {len(x)} rows, but {len(labels)} labels were given")
+        cells[name] = Cell.of(as_rows(x))
+    true, _, null = run(cells, labels, fold, group, unit, candidates, n_permutations, rng)
+    interval, _ = _interval(true, null, labels, group)
+    return Untrained(auroc=true.area, interval=interval, p_value=_p_value(true, null))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    return asdict(value) if hasattr(value, "__dataclass_fields__") else value
