@@ -236,15 +236,18 @@ def rotate(
 
 def low_rank(
     A: Float[Tensor, "d rank"],
-    B: Float[Tensor, "rank d"],
+    B: Float[Tensor, "_ _"],
     hooks: Hooks,
-    bias: Float[Tensor, " rank"] | None = None,
+    bias: Float[Tensor, " _"] | None = None,
     strength: Amount = 1.0,
     positions: Positions = "default",
     *,
     when: Condition | None = None,
 ) -> Operation:
-    """Return the operation h + strength * (h A + bias) B. Raises ValueError for shapes that do not fit."""
+    """Return the operation h + strength * (h A + bias) B, bias [rank] and B [rank, d].
+
+    Raises ValueError for shapes that do not fit.
+    """
     bias = torch.zeros(A.shape[-1]) if bias is None else bias
     if A.ndim != 2 or B.shape != A.shape[::-1] or bias.shape != A.shape[1:]:
         shapes = [tuple(t.shape) for t in (A, B, bias)]
