@@ -188,8 +188,8 @@ def latent_direction(sae: Any, latent: int, hook: str, model: Any) -> Direction:
 def _shrunk_solve(centred: Float[Tensor, "n d"], b: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
     """Return inv(S) b, S being the Ledoit-Wolf covariance of the rows, standardised for it and taken back.
 
-    In the smaller of the two Gram matrices. With S = (1 - t) C + t mu I, mu = tr(C) / d, and t the share of |C - mu I|^2
-    that is sampling error.
+    In the smaller of the two Gram matrices. With S = (1 - t) C + t mu I, mu = tr(C) / d, and t the share of
+    |C - mu I|^2 that is sampling error.
     """
     n, d = centred.shape
     deviation = centred.square().mean(0).sqrt()

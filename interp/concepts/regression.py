@@ -23,7 +23,7 @@ def logistic(
     y: Labels,
     *,
     C: float | int | None = None,
-    Cs: Sequence[float] = CS,
+    Cs: Sequence[float | int] = CS,
     groups: Labels | None = None,
     pairs: Labels | None = None,
     folds: int = 5,
@@ -43,7 +43,7 @@ def svm(
     y: Labels,
     *,
     C: float | int | None = None,
-    Cs: Sequence[float] = CS,
+    Cs: Sequence[float | int] = CS,
     groups: Labels | None = None,
     pairs: Labels | None = None,
     folds: int = 5,
@@ -61,7 +61,7 @@ def choose_C(
     y: Labels,
     *,
     kind: str = "logistic",
-    Cs: Sequence[float] = CS,
+    Cs: Sequence[float | int] = CS,
     groups: Labels | None = None,
     pairs: Labels | None = None,
     folds: int = 5,
@@ -98,7 +98,7 @@ def ridge(
     y: Labels,
     *,
     alpha: float | int | None = None,
-    alphas: Sequence[float] = ALPHAS,
+    alphas: Sequence[float | int] = ALPHAS,
     groups: Labels | None = None,
     folds: int = 5,
     seed: int = 0,
@@ -147,9 +147,7 @@ def sparse(X: Rows, y: Labels, *, k: int = 5, C: float | int = 1.0) -> Float[Ten
     return _weight(weight)
 
 
-def _at_best(
-    kind: str, X: Rows, y: Labels, C: float | None, Cs: Sequence[float], groups: Any, pairs: Any, folds: int, seed: int
-) -> Tensor:
+def _at_best(kind: str, X: Rows, y: Labels, C: Any, Cs: Any, groups: Any, pairs: Any, folds: int, seed: int) -> Tensor:
     rows, labels = labelled_rows(X, y)
     if C is None:
         C = choose_C(rows, labels, kind=kind, Cs=Cs, groups=groups, pairs=pairs, folds=folds, seed=seed)
@@ -260,7 +258,7 @@ def _ridge_path(X: np.ndarray, targets: np.ndarray, alphas: Sequence[float]) -> 
     return weights, targets.mean() - weights @ mean, errors
 
 
-def _positive(name: str, value: float) -> float:
+def _positive(name: str, value: float | int) -> float:
     if not 0 < value < float("inf"):
         raise ValueError(f"{name} is {value}; it must be positive and finite")
     return float(value)

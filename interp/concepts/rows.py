@@ -37,7 +37,9 @@ def target_rows(X: Tensor | np.ndarray, y: Labels) -> tuple[Tensor, Float[np.nda
     rows = as_rows(X)
     targets = np.asarray(y.detach().cpu() if isinstance(y, Tensor) else y, dtype=np.float64)
     if targets.shape != (len(rows),):
-        raise ValueError(f"targets of shape {targets.shape} were given for {len(rows)} rows; one number a row is needed")
+        raise ValueError(
+            f"targets of shape {targets.shape} were given for {len(rows)} rows; one number a row is needed"
+        )
     if not np.isfinite(targets).all():
         raise ValueError("a target is nan or infinite")
     if np.ptp(targets) == 0:
