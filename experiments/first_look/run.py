@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 import interp
 from interp.acts.capture import capture_acts, pool
@@ -20,16 +19,11 @@ from interp.concepts.effects import NoUsableStrengthError, effects
 from interp.concepts.probes import evaluate_probe
 from interp.data import generator
 from interp.demo.parts import DEV_PROMPTS, KL_BUDGET, STRENGTHS, TEST_PROMPTS
+from interp.model.loading import untrained
 
 HERE = Path(__file__).parent
 N = 400
 SEED = 0
-
-
-def untrained(model: Any) -> Any:
-    """Return the architecture with fresh weights, and the same tokenizer."""
-    torch.manual_seed(SEED + 1)
-    return interp.load_model(AutoModelForCausalLM.from_config(model.hf.config).eval(), tokenizer=model.tokenizer)
 
 
 def labels(data: generator.Labelled) -> list[int]:
@@ -130,7 +124,11 @@ def main() -> None:
         began = time.perf_counter()
         model = interp.load_model(source, dtype=torch.float32)
         name = Path(source).name
-        results[name] = {"trained": read(model), "untrained": read(untrained(model)), "steering": steer(model)}
+        results[name] = {
+            "trained": read(model),
+            "untrained": read(untrained(model, SEED + 1)),
+            "steering": steer(model),
+        }
         results[name]["seconds"] = round(time.perf_counter() - began, 1)
         print(json.dumps({name: results[name]}, indent=1), flush=True)
     (HERE / "result.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf8")

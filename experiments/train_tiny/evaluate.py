@@ -14,13 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 import interp
 from interp.acts.capture import capture_acts, pool
 from interp.acts.resampling import auroc, grouped_folds
 from interp.concepts.probes import evaluate_probe, fit_probe
 from interp.data import generator, lists
+from interp.model.loading import untrained
 from interp.space.analogy import choose_and_score
 from interp.space.words import layer_spaces, whole_words
 
@@ -54,12 +55,6 @@ def bits_per_character(model, text: str) -> float:
             losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), block[:, 1:], reduction="none")
             nats += losses[mask].double().sum().item()
     return nats / math.log(2) / len(text)
-
-
-def untrained(model) -> object:
-    """Return the same architecture with fresh random weights, and the same tokenizer."""
-    torch.manual_seed(1)
-    return interp.load_model(AutoModelForCausalLM.from_config(model.hf.config).eval(), tokenizer=model.tokenizer)
 
 
 def hooks_of(model) -> list[str]:
@@ -140,7 +135,7 @@ def main() -> None:
     began = time.time()
     text = (args.text / "tinystories" / "valid_v1_head.txt").read_text(encoding="utf8")[:CHARACTERS]
     model = interp.load_model(args.model, dtype=torch.float32)
-    null = untrained(model)
+    null = untrained(model, 1)
     continued = model.generate(list(PROMPTS), max_new_tokens=50)
     result = {
         "parameters": sum(p.numel() for p in model.hf.parameters()),

@@ -57,7 +57,7 @@ def _exit_code(error: Exception) -> int:
 
 def main() -> None:
     """Run the command `interp`."""
-    from interp.cli.commands import app
+    from interp.cli.concepts import app
 
     _run(app)
 

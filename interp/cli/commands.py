@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from interp.cli.common import FAILED, Device, Json, ModelArg, Quiet, Seed, application, count, emit, flat, lines, say
+from interp.cli.common import FAILED, Device, Json, ModelArg, Quiet, Seed, application, count, emit, flat, say
 
 app = application("interp", "See and steer what a language model represents. Start with: interp demo")
 
@@ -115,64 +115,6 @@ def verify(
     emit(verdict.as_dict(), as_json, verdict.lines())
     if not verdict.sound:
         raise typer.Exit(FAILED)
-
-
-@app.command(epilog="Example: interp concept tiny --positive glad.txt --negative sad.txt --out glad.safetensors")
-def concept(
-    model: ModelArg,
-    positive: Annotated[Path, typer.Option(help="one text a line that has the concept")],
-    negative: Annotated[Path, typer.Option(help="one text a line that lacks it")],
-    out: Annotated[Path, typer.Option(help="the direction's file (safetensors)")],
-    hook: Annotated[str | None, typer.Option(help="hook point; default: the middle block's resid_post")] = None,
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
-    """Find a concept's direction: the difference between the mean residuals of two sets of texts."""
-    from interp.acts.capture import capture_acts, pool
-    from interp.concepts.finders import fit_direction
-    from interp.model.loading import load_model
-
-    texts = [lines(positive), lines(negative)]
-    loaded = load_model(model, device=device)
-    name = loaded.hook_point(hook or f"resid_post.{(loaded.n_layers - 1) // 2}").name
-    rows = pool(capture_acts(loaded, texts[0] + texts[1], [name]), name, "mean")
-    labels = [1] * len(texts[0]) + [0] * len(texts[1])
-    direction = fit_direction(rows, labels, hook=name, model=loaded)
-    direction.save(out)
-    found = {"out": str(out), "hook": name, "scale": direction.scale, "norm": direction.norm, "n": len(labels)}
-    emit(found, as_json, [f"{out}: {name}, length {direction.scale:.3g}, median residual norm {direction.norm:.3g}"])
-
-
-@app.command(epilog='Example: interp steer tiny --vector glad.safetensors --strength 0.5 "Tom said the cake was"')
-def steer(
-    model: ModelArg,
-    prompts: Annotated[list[str], typer.Argument(help="texts to continue")],
-    vector: Annotated[Path, typer.Option(help="a direction's file, from `interp concept`")],
-    strength: Annotated[float, typer.Option(help="in units of the layer's median residual norm")],
-    positions: Annotated[str, typer.Option(help="all, prompt, generated, from_last_prompt_token")] = "all",
-    max_new_tokens: Annotated[int, typer.Option(help="tokens to add")] = 30,
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
-    """Continue texts unsteered and steered along a direction."""
-    from interp.acts.direction import Direction
-    from interp.concepts.steering import add
-    from interp.concepts.steering import steer as steering
-    from interp.model.loading import load_model
-
-    given = Direction.load(vector)  # a bad file is refused before a model is loaded
-    loaded = load_model(model, device=device)
-    operation = add(given.for_model(loaded), strength=strength, positions=positions)
-    before = loaded.generate(prompts, max_new_tokens=max_new_tokens)
-    with steering(loaded, operation):
-        after = loaded.generate(prompts, max_new_tokens=max_new_tokens)
-    rows = [{"prompt": p, "unsteered": b, "steered": a} for p, b, a in zip(prompts, before, after, strict=True)]
-    shown = [
-        line
-        for r in rows
-        for line in (f"prompt     {r['prompt']}", f"unsteered {r['unsteered']}", f"steered   {r['steered']}")
-    ]
-    emit({"hook": given.hook, "strength": strength, "positions": positions, "texts": rows}, as_json, shown)
 
 
 @app.command(

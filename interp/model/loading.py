@@ -11,8 +11,9 @@ from torch import nn
 from interp.model import pretrained
 from interp.model.core import NO_LIMIT, Model
 from interp.model.fingerprint import fingerprint
+from interp.model.forward import kept_rng
 
-__all__ = ["NO_LIMIT", "Model", "as_model", "load_model"]
+__all__ = ["NO_LIMIT", "Model", "as_model", "load_model", "untrained"]
 
 
 def load_model(
@@ -79,3 +80,15 @@ def _bridged(hf: nn.Module, tokenizer: Any, label: str) -> Model:
 def as_model(model: Any) -> Model:
     """Return a Model for what may be one already, a Hugging Face model or a TransformerBridge."""
     return model if isinstance(model, Model) else load_model(model)
+
+
+def untrained(model: Any, seed: int = 0) -> Model:
+    """Return the architecture of a model with fresh weights and the same tokenizer: the null of what training taught.
+
+    On the CPU in float32; the seed decides the weights, and the random state is left as it was.
+    """
+    model = as_model(model)
+    with kept_rng(torch.device("cpu")):
+        torch.manual_seed(seed)
+        hf = type(model.hf)._from_config(copy.deepcopy(model.hf.config), dtype=torch.float32).eval()
+    return load_model(hf, tokenizer=model.tokenizer, blocks=model.blocks_path)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from interp.demo import job
-from interp.model.loading import load_model
+from interp.model.loading import untrained
 
 
 @pytest.fixture(scope="module")
@@ -69,13 +69,8 @@ def test_the_page_draws_in_a_browser_in_silence(ran: tuple[dict[str, Any], Path]
 
 
 def test_an_untrained_model_has_nothing_to_show_and_the_job_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    import torch
-    from transformers import AutoModelForCausalLM
-
     monkeypatch.setattr(job, "SAE_STEPS", 10)
-    tiny = load_model("tiny")
-    torch.manual_seed(0)
-    fresh = load_model(AutoModelForCausalLM.from_config(tiny.hf.config).eval(), tokenizer=tiny.tokenizer)
+    fresh = untrained("tiny")
     result = job.run_demo(fresh, out=tmp_path, tokens=20_000, say=lambda text: None)
     assert set(result["left_out"]) == {"sae", "steer"}
     assert "means nothing" in result["left_out"]["sae"]

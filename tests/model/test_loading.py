@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from interp.model.hooks import reading
-from interp.model.loading import NO_LIMIT, Model, as_model, load_model
+from interp.model.loading import NO_LIMIT, Model, as_model, load_model, untrained
 from interp.model.pretrained import TINY
 from sae.extras import MissingError
 
@@ -226,3 +226,14 @@ def test_the_bundled_model_loads_in_float32_and_speaks():
     assert (model.name, model.dtype) == ("tiny", torch.float32)
     assert json.loads((TINY / "config.json").read_text())["num_hidden_layers"] == model.n_layers
     assert model.generate("Once upon a time", max_new_tokens=8)[0].strip()
+
+
+def test_an_untrained_copy_has_the_shapes_of_the_model_and_other_weights_by_its_seed():
+    tiny = load_model("tiny")
+    before = torch.get_rng_state()
+    first, again, other = untrained(tiny, 3), untrained(tiny, 3), untrained("tiny", 4)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert first.fingerprint == again.fingerprint != other.fingerprint
+    assert len({m.fingerprint for m in (tiny, first, other)}) == 3
+    assert [tuple(p.shape) for p in first.hf.parameters()] == [tuple(p.shape) for p in tiny.hf.parameters()]
+    assert first.tokenizer is tiny.tokenizer and not first.hf.training
