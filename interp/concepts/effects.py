@@ -2,21 +2,24 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from jaxtyping import Float
 
 from interp.acts.direction import Direction
 from interp.concepts.damage import damage
+from interp.concepts.dosing import EffectsReport
 from interp.concepts.fluency import distinct2, fluency
+from interp.concepts.margins import Contrast
+from interp.concepts.measuring import measure_effects
 from interp.concepts.nulls import random_directions
 from interp.concepts.writing import Push, Written, write
 from interp.model.loading import Model, as_model
 from interp.model.tokens import need_tokenizer
 from sae.stats import bootstrap_interval
 
-__all__ = ["Dose", "Effects", "NoUsableStrengthError", "Sample", "damage", "distinct2", "effects", "fluency"]
+__all__ = ["Dose", "Effects", "NoUsableStrengthError", "Sample", "effects", "effects_by_score"]
 
 Score = Callable[[list[str]], Any]
 
@@ -109,7 +112,46 @@ class _Scored:
     scores: Float[np.ndarray, " rows"]
 
 
+@overload
 def effects(
+    model: Any,
+    direction: Direction,
+    prompts: Sequence[str],
+    *,
+    score: Score,
+    strengths: Sequence[float | int] = ...,
+    dev_prompts: Sequence[str] | None = ...,
+    neutral_texts: Sequence[str] | None = ...,
+    n_placebo: int = ...,
+    kl_budget: float = ...,
+    max_new_tokens: int = ...,
+    positions: str = ...,
+    seed: int = ...,
+    force: bool = ...,
+) -> Effects: ...
+
+
+@overload
+def effects(
+    model: Any, direction: Direction, prompts: Sequence[Contrast] | Sequence[str], **options: Any
+) -> EffectsReport: ...
+
+
+def effects(
+    model: Any, direction: Direction, prompts: Sequence[Any], *, score: Score | None = None, **options: Any
+) -> Effects | EffectsReport:
+    """Return what steering along a direction does and costs, beside directions that mean nothing.
+
+    With `score` (a number a text, in any unit): `effects_by_score`, one strength within a KL budget. Without:
+    `measure_effects`, the whole dose curve of contrast answers and re-read text with all nulls, and the strength to
+    use, if any. Options and errors are theirs.
+    """
+    if score is None:
+        return measure_effects(model, direction, prompts, **options)
+    return effects_by_score(model, direction, prompts, score=score, **options)
+
+
+def effects_by_score(
     model: Any,
     direction: Direction,
     prompts: Sequence[str],

@@ -1,6 +1,7 @@
 """Measure a dose curve with its nulls: directions, strengths and prompts as rows of common batches."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -43,7 +44,7 @@ def measure_effects(
     n_shuffled: int = 10,
     positions: str = "all",
     per_token: bool = False,
-    kl_budget: float = 0.1,
+    kl_budget: float | int = 0.1,
     max_new_tokens: int = 20,
     level: float = 0.05,
     seed: int = 0,
@@ -87,44 +88,77 @@ def measure_effects(
     table = _table(model, written, read, progress)
     if contrasts:
         table["margin"] = margins(model, contrasts, pushes, positions=positions, per_token=per_token, progress=progress)
-    harm = damages(model, pushes, neutral, progress=progress).reshape(len(directions), len(doses), 2)
-    arrays = {name: values.reshape(len(directions), len(doses), -1) for name, values in table.items()}
+    harm = damages(model, pushes, neutral, progress=progress)
+    run = _Run(
+        doses=doses,
+        texts=texts,
+        n_random=n_random,
+        written=written,
+        arrays={name: values.reshape(len(directions), len(doses), -1) for name, values in table.items()},
+        harm=harm.reshape(len(directions), len(doses), 2),
+        read=read,
+    )
+    return _report(
+        run, model=model.name, direction=direction, reading=None if reader is None else _reading(reader, separate),
+        n_neutral=len(neutral), kl_budget=float(kl_budget), level=float(level), positions=positions,
+        per_token=per_token, max_new_tokens=max_new_tokens, seed=seed,
+    )  # fmt: skip
 
-    zero, (choosing, held) = doses.index(0.0), halves(len(texts), seed)
-    arrays |= scores(arrays, harm[..., 0], zero, kl_budget)
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What was measured, over [directions, strengths, prompts]: the direction, random ones, label-shuffled ones."""
+
+    doses: list[float]
+    texts: list[str]  # the prompts
+    n_random: int
+    written: list[Written]  # one a direction and strength
+    arrays: dict[str, Float[np.ndarray, "directions strengths prompts"]]
+    harm: Float[np.ndarray, "directions strengths 2"]
+    read: Callable | None
+
+    def columns(self, strength: float) -> list[Written]:
+        """Return what stands side by side: unsteered, steered, random, and shuffled where there is one."""
+        n, s = len(self.doses), self.doses.index(strength)
+        places = [self.doses.index(0.0), s, n + s, (1 + self.n_random) * n + s]
+        return [self.written[at] for at in places if at < len(self.written)]
+
+
+def _report(run: _Run, *, kl_budget: float, level: float, seed: int, **about: Any) -> EffectsReport:
+    """Choose the strength on one half of the prompts, and report on the other."""
+    doses, zero = run.doses, run.doses.index(0.0)
+    choosing, held = halves(len(run.texts), seed)
+    arrays = run.arrays | scores(run.arrays, run.harm[..., 0], zero, kl_budget)
     absolute = {name: arrays[name] for name in ("margin", "reading") if name in arrays}
-    unsteered = {name: float(values[0, zero, held].mean()) for name, values in absolute.items()}
     arrays |= {name: values - values[:, [zero]] for name, values in absolute.items()}
     chosen = choose(doses, arrays["combined"][0][:, choosing].mean(1))
-    found = dose_rows(doses, arrays, harm, choosing, held, n_random, seed)
+    found = dose_rows(doses, arrays, run.harm, choosing, held, run.n_random, seed)
     recommended, reason = verdict(None if chosen is None else found[doses.index(chosen)], level, kl_budget)
-    shown = doses.index(min((s for s in doses if s), key=abs) if chosen is None else chosen)
-    columns = [(0, zero), (0, shown), (1, shown), (1 + n_random, shown)][: 3 + (len(directions) > 1 + n_random)]
+    shown = min((s for s in doses if s), key=abs) if chosen is None else chosen
     return EffectsReport(
-        model=model.name,
-        direction=direction,
         doses=found,
-        slopes=slope_rows(doses, arrays, held, n_random, seed),
-        unsteered=unsteered,
+        slopes=slope_rows(doses, arrays, held, run.n_random, seed),
+        unsteered={name: float(values[0, zero, held].mean()) for name, values in absolute.items()},
         chosen=chosen,
         recommended=recommended,
         reason=reason,
-        reading=None if reader is None else _reading(reader, separate),
-        sides=_sides(texts, held, [written[d * len(doses) + s] for d, s in columns], read),
-        prompts=tuple(texts[i] for i in held),
-        choosing_prompts=tuple(texts[i] for i in choosing),
-        n_neutral=len(neutral),
-        kl_budget=float(kl_budget),
-        level=float(level),
-        positions=positions,
-        per_token=per_token,
-        max_new_tokens=max_new_tokens,
+        sides=_sides(run.texts, held, run.columns(shown), run.read),
+        prompts=tuple(run.texts[i] for i in held),
+        choosing_prompts=tuple(run.texts[i] for i in choosing),
+        kl_budget=kl_budget,
+        level=level,
         seed=seed,
+        **about,
     )
 
 
 def _checked(
-    strengths: Sequence[float | int], n_random: int, n_shuffled: int, positions: str, kl_budget: float, level: float
+    strengths: Sequence[float | int],
+    n_random: int,
+    n_shuffled: int,
+    positions: str,
+    kl_budget: float | int,
+    level: float,
 ) -> list[float]:
     """Return the strengths in order, 0 among them."""
     doses = sorted({0.0, *(float(s) for s in strengths)})
@@ -150,9 +184,7 @@ def _prompts(
     contrasts = [p for p in prompts if isinstance(p, Contrast)]
     texts = [p.prompt if isinstance(p, Contrast) else p for p in prompts]
     if contrasts and len(contrasts) < len(texts):
-        raise ValueError(
-            f"{len(contrasts)} of {len(texts)} prompts have a match and an other: give all, or none, these"
-        )
+        raise ValueError(f"{len(contrasts)} of {len(texts)} prompts have a match and an other: all do, or none")
     if len(texts) < 4 or len(set(texts)) < len(texts):
         raise ValueError(f"{len(set(texts))} different prompts of {len(texts)}: give at least 4, each once")
     if score is not None and labelled is not None:

@@ -119,13 +119,15 @@ def parts_of(labelled: Any) -> tuple[list[str], np.ndarray, list | None]:
 
     Raises TypeError for anything else, ValueError for labels other than 0 and 1 or of another number.
     """
-    given = tuple(labelled) if isinstance(labelled, (tuple, list)) and len(labelled) in (2, 3) else None
-    if given is None and not (hasattr(labelled, "texts") and hasattr(labelled, "labels")):
-        raise TypeError(
-            f"labelled texts have texts and labels, or are such a pair; a {type(labelled).__name__} has not"
-        )
-    texts, labels = given[:2] if given else (labelled.texts, labelled.labels)
-    groups = (given[2] if len(given) > 2 else None) if given else getattr(labelled, "groups", None)
+    if isinstance(labelled, (tuple, list)):
+        given: list[Any] = [*labelled, None]
+    else:
+        given = [getattr(labelled, name, None) for name in ("texts", "labels", "groups")]
+    if len(given) < 3 or given[0] is None or given[1] is None:
+        raise TypeError(f"labelled texts have texts and labels, or are such a pair; a {type(labelled).__name__} is not")
+    texts, labels, groups = given[:3]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("a labelled text is a chat: the classifier reads plain text, so give it plain texts")
     y = as_labels(labels)
     if len(y) != len(texts):
         raise ValueError(f"{len(y)} labels were given for {len(texts)} texts")

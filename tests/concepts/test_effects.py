@@ -9,8 +9,8 @@ from interp.acts.resampling import placebo_directions
 from interp.concepts import writing
 from interp.concepts.damage import damage
 from interp.concepts.effects import NoUsableStrengthError, effects
-from interp.concepts.fluency import distinct2, fluency
 from interp.concepts.finders import direction_from
+from interp.concepts.fluency import distinct2, fluency
 from interp.concepts.steering import add, prompt_batch, steer
 from interp.model.loading import load_model
 from sae.extras import MissingError
