@@ -61,6 +61,7 @@ def when(
     given, or the lowest at which at most a share `fpr` of `negatives` (rows of the same hook point, read in the same
     way) fires; a probe's is 0 otherwise. The decision is made for each row by itself; `read` says on what. On a prompt
     it is made once and kept for the generation; beams follow their prompt. In a plain forward the row is the prompt.
+    What is read is the stream as the operations listed before have left it.
     Raises ValueError for a direction without a threshold, a share that the negatives are too few to show, or an
     unknown reading.
     """

@@ -61,8 +61,7 @@ def steer(model: Any, *operations: Plan, force: bool = False) -> Iterator[Model]
 
 
 def _edits(model: Model, plan: Sequence[Operation], force: bool) -> dict[str, Edit]:
-    """Return one function a hook point: what conditions read there comes first, then the operations in order."""
-    notes: dict[str, list[Edit]] = {}
+    """Return one function a hook point; a condition reads the stream as the operations before its own have left it."""
     steps: dict[str, list[Edit]] = {}
     gates: dict[int, Gate] = {}
     fingerprint = model.fingerprint if plan else ""
@@ -76,10 +75,10 @@ def _edits(model: Model, plan: Sequence[Operation], force: bool) -> dict[str, Ed
                 read_at = _reading_point(model, condition, point, fingerprint, force)
                 if id(condition) not in gates:
                     gates[id(condition)] = Gate(condition)
-                    notes.setdefault(read_at, []).append(gates[id(condition)].note)
+                    steps.setdefault(read_at, []).append(gates[id(condition)].note)
                 gate = gates[id(condition)]
             steps.setdefault(point.name, []).append(_step(operation, change, gate))
-    return {name: _chain([*notes.get(name, []), *steps.get(name, [])]) for name in [*notes, *steps]}
+    return {name: _chain(each) for name, each in steps.items()}
 
 
 def _chain(steps: list[Edit]) -> Edit:

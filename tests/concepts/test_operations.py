@@ -268,7 +268,7 @@ def test_latents_that_cannot_be_edited_are_refused(llama):
             latents(sae, bad, HOOK)
     with pytest.raises(ValueError, match="name the hook point"):
         latents(sae, {1: 1.0})
-    with pytest.raises(ValueError, match="needs .latent: value"):
+    with pytest.raises(ValueError, match="latent: value"):
         latents(sae, [1], HOOK)
     with pytest.raises(ValueError, match="transcoder"):
         latents(ARCHS["topk"](SAEConfig(arch="topk", d_in=32, d_sae=64, k=6, d_out=32)), {1: 1.0}, HOOK)
