@@ -1,8 +1,7 @@
 """Find concept directions: labelled rows, or an SAE's latent, in; a Direction out."""
 
 import inspect
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -87,20 +86,18 @@ def leace(X: Rows, y: Labels, *, part: str = "removed") -> Float[Tensor, " d"]:
     return weight / (weight @ moved)
 
 
-METHODS: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
-    {
-        "mean_difference": mean_difference,
-        "lda": lda,
-        "logistic": logistic,
-        "svm": svm,
-        "ridge": ridge,
-        "leace": leace,
-        "sparse": sparse,
-        "pair_pca": pair_pca,
-        "lat": lat,
-        "ccs": ccs,
-    }
-)
+METHODS: dict[str, Callable[..., Tensor]] = {
+    "mean_difference": mean_difference,
+    "lda": lda,
+    "logistic": logistic,
+    "svm": svm,
+    "ridge": ridge,
+    "leace": leace,
+    "sparse": sparse,
+    "pair_pca": pair_pca,
+    "lat": lat,
+    "ccs": ccs,
+}
 CONTINUOUS = ("ridge", "leace")  # these take any number for y
 
 
