@@ -132,9 +132,8 @@ def _every_number(report: EffectsReport) -> Table:
         for row in report.doses:
             b = row[name]
             value = show(Estimate(b.value, *b.interval) if b.interval and row.strength else b.value)
-            rows.append(
-                [NAMES[name], f"{row.strength:g}", value, *_null_cells(b), _rank(name, b) if row.strength else None]
-            )
+            rank = _rank(name, b) if row.strength else None
+            rows.append([NAMES[name], f"{row.strength:g}", value, *_null_cells(b), rank])
     columns = ["quantity", "strength", "the direction", Column("random: mean", null=True),
                Column("random: range", null=True), Column("shuffled: range", null=True), "p"]  # fmt: skip
     return Table(columns, rows, "Every quantity at every strength")
