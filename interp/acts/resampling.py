@@ -64,9 +64,7 @@ def auroc(scores: Shaped[Tensor, " n"] | Shaped[np.ndarray, " n"] | Sequence[flo
     return float(_weighted_auroc(values, labels, np.ones((1, len(values))))[0])
 
 
-def aurocs(
-    scores: Float[np.ndarray, "*batch n"], labels: Int[np.ndarray, "*labels n"]
-) -> Float[np.ndarray, "*batch"]:
+def aurocs(scores: Float[np.ndarray, "*batch n"], labels: Int[np.ndarray, "*labels n"]) -> Float[np.ndarray, "*batch"]:
     """Return the AUROC of every row of scores; labels (0 and 1) are broadcast to them. Exact for ties.
 
     The label rides in the lowest bit of the float64 of a float32 score (29 of them are free), so that one plain sort
@@ -102,11 +100,7 @@ def fold_area(
     strata of groups (positive, negative, mixed), so that groups of one row give DeLong's figure exactly.
     """
     positive, negative = np.sort(scores[labels == 1]), np.sort(scores[labels == 0])
-
-    def below(sorted_: np.ndarray, at: np.ndarray) -> np.ndarray:
-        return (np.searchsorted(sorted_, at, "left") + np.searchsorted(sorted_, at, "right")) / (2 * len(sorted_))
-
-    placement = np.where(labels == 1, below(negative, scores), 1 - below(positive, scores))
+    placement = np.where(labels == 1, _below(negative, scores), 1 - _below(positive, scores))
     area = float(placement[labels == 1].mean())
     share = (placement - area) / np.where(labels == 1, len(positive), len(negative))
     _, local = np.unique(number, return_inverse=True)
@@ -164,6 +158,11 @@ def auroc_interval(
     half = float(stdtrit(fewest - 1, (1 + level) / 2)) * float(drawn.std()) * (fewest / (fewest - 1)) ** 0.5
     centre = auroc(values, labels)
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _below(ordered: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Share of ordered values below each of `at`, equal ones counted half."""
+    return (np.searchsorted(ordered, at, "left") + np.searchsorted(ordered, at, "right")) / (2 * len(ordered))
 
 
 def bootstrap_counts(
@@ -294,9 +293,7 @@ def _weighted_auroc(
     return wins / (positive.sum(1) * negative.sum(1))
 
 
-def score_interval(
-    area: float | int, n_positive: int, n_negative: int, *, level: float = 0.95
-) -> tuple[float, float]:
+def score_interval(area: float | int, n_positive: int, n_negative: int, *, level: float = 0.95) -> tuple[float, float]:
     """Return Newcombe's score interval of an AUROC (Stat. Med. 25:559, 2006, method 5), from numbers of rows alone.
 
     Solves |area - x| = z * sqrt(V(x)) for x on either side by bisection; it has a width where area is 0 or 1.

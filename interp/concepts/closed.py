@@ -74,7 +74,7 @@ def lda(data: Columns, C: float = 1.0) -> tuple[Tensor, Tensor]:
     covariance S less a rank-one term, so one factorisation of S serves all columns (Sherman and Morrison).
     """
     high, low, n1, n0 = class_means(data)
-    mean, S = data.scatters()
+    _, S = data.scatters()
     variance = S.diagonal(dim1=-2, dim2=-1)
     scale = torch.where(variance > 1e-6, variance, 1.0).sqrt()
     S = S / (scale[..., :, None] * scale[..., None, :])

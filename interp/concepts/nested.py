@@ -115,9 +115,7 @@ def outcomes(scores: Scores, labels: np.ndarray, folds: np.ndarray, groups: np.n
     for p in range(len(labels)):
         winners = [divmod(int(w), n_cells) for w in best[:, p]]
         held = [scores.held[k][j, c, p] for k, (j, c) in enumerate(winners)]
-        areas = [
-            fold_area(held[k], labels[p, a:b], groups[a:b]) for k, (a, b) in enumerate(pairwise(bounds))
-        ]
+        areas = [fold_area(held[k], labels[p, a:b], groups[a:b]) for k, (a, b) in enumerate(pairwise(bounds))]
         shares = np.array([_pairs(labels[p : p + 1, a:b])[0] for a, b in pairwise(bounds)], dtype=float)
         shares /= shares.sum()
         same = np.array([[u == w for w in winners] for u in winners])

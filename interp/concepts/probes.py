@@ -137,9 +137,11 @@ def svm_line(rows: Tensor, labels: np.ndarray, C: float) -> tuple[Tensor, float]
         try:
             fit = LinearSVC(C=C, dual="auto", max_iter=100_000, random_state=0).fit(F.numpy(), labels)
         except ConvergenceWarning as warning:
-            raise ConvergenceError(f"the support vector machine did not converge; take a smaller C than {C}") from warning
-    weight = torch.from_numpy(fit.coef_[0]) / deviation
-    return weight, float(fit.intercept_[0] - weight @ mean)
+            raise ConvergenceError(
+                f"the support vector machine did not converge; take a smaller C than {C}"
+            ) from warning
+    weight = torch.from_numpy(fit.coef_.ravel()) / deviation
+    return weight, float(np.ravel(fit.intercept_)[0] - weight @ mean)
 
 
 def _standardised(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 __all__ = ["ConvergenceError", "LogisticFits", "fit_logistic", "training_sets"]
 
-STALLED = 12  # steps without a new best decrement: the arithmetic is exhausted
+STALLED = 12  # steps without a new best decrement: float32 is exhausted
 SLOW = 0.5  # a step that shrinks the decrement by less asks for the Hessian where the weights are now,
 WAIT = 4  # this many steps after the last at the soonest: a Hessian costs as much as ten steps
 
@@ -73,9 +73,7 @@ def fit_logistic(
         if reached <= tol:
             raw = weight[:, :, :-1].double() / rows.deviation
             bias = weight[:, :, -1].double() - raw @ rows.mean
-            return LogisticFits(
-                weight=raw.mT.cpu(), bias=bias.cpu(), steps=steps, grams=grams, decrement=reached
-            )
+            return LogisticFits(weight=raw.mT.cpu(), bias=bias.cpu(), steps=steps, grams=grams, decrement=reached)
     raise ConvergenceError(
         f"logistic regression stopped at {reached:.1e} of its first decrement after {steps} steps, {tol:.1e} is asked "
         f"for: take a smaller C than {C}, a larger tol or more steps"
@@ -164,7 +162,8 @@ class _Descent:
         reached = best = float((self._decrement(G, Z) / first).max())
         since = waited = 0
         slow = False
-        while reached > tol and self.steps < max_steps and since < STALLED:
+        patience = STALLED if self.F.dtype == torch.float32 else max_steps
+        while reached > tol and self.steps < max_steps and since < patience:
             W, L, R = self._line_search(W, L, P, G)
             old, G = G, self._gradient(W, R)
             waited += 1
@@ -179,7 +178,7 @@ class _Descent:
             P = torch.where(uphill, -Z, P)
             before, reached = reached, float((self._decrement(G, Z) / first).max())
             slow = reached > SLOW * before
-            since = 0 if reached < best or fresh else since + 1
+            since = 0 if reached < best else since + 1
             best = min(best, reached)
             self.steps += 1
         return W, reached
@@ -199,7 +198,7 @@ class _Descent:
         return (G * Z).sum(2).clamp_min(0).sqrt()
 
     def _line_search(self, W: Tensor, L: Tensor, P: Tensor, G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Go to where the slope along P is a tenth of what it was; the logits are linear in the step, so it is cheap."""
+        """Go to where the slope along P is a tenth of what it was: cheap, since the logits are linear in the step."""
         U = _times(P, self.F.T)
         here = (G * P).sum(2)
         linear, square = (self.penalty * W * P).sum(2), (self.penalty * P * P).sum(2)
