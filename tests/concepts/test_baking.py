@@ -348,7 +348,7 @@ def test_a_full_folder_is_left_alone_and_a_failed_save_leaves_nothing(build, tmp
 def test_models_that_cannot_be_baked_say_why(build):
     from transformers import BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
 
-    small = {"vocab_size": 100, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    small: dict = {"vocab_size": 100, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
     t5 = load_model(T5ForConditionalGeneration(T5Config(**small)).eval())
     d = some_direction(t5, hook="encoder.resid_post.1")
     with pytest.raises(BakingError, match="encoder-decoder"):
