@@ -7,6 +7,7 @@ products with the rows are shared, and every Gram matrix is a sum over folds fro
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float, Int
@@ -107,13 +108,13 @@ class _Rows:
         out = torch.tensor([[k in one for k in range(n_folds)] for one in left_out])
         keep = (~out[:, number]).to(X.device, dtype)
         _check_classes(Y, keep)
-        mean, deviation = X.mean(0, dtype=torch.float64), X.double().std(0, correction=0)
-        deviation = torch.where(deviation <= 1e-12 * mean.abs().clamp_min(1e-30), 1.0, deviation)
-        F = torch.empty(len(X), X.shape[1] + 1, dtype=dtype, device=X.device)
-        F[:, :-1] = (X[order.to(X.device)] - mean) / deviation
-        F[:, -1] = 1
-        share = keep / keep.sum(1, keepdim=True)
-        variance = share @ F.square() - (share @ F).square()
+        F, mean, deviation = standardised(X[order.to(X.device)], dtype)
+        bounds = [0, *torch.bincount(number, minlength=n_folds).cumsum(0).tolist()]
+        sizes = keep.new_tensor(bounds).diff()
+        squares = torch.stack([F[a:b].square().sum(0) for a, b in pairwise(bounds)])
+        inside = (~out).to(keep) / ((~out).to(keep) @ sizes)[:, None]
+        means = inside @ torch.stack([F[a:b].sum(0) for a, b in pairwise(bounds)])
+        variance = inside @ squares - means.square()
         penalty = torch.where(variance > 1e-6, variance, 1.0)  # constant there: any penalty sets its weight to 0
         penalty[:, -1] = 0
         return cls(
@@ -121,11 +122,26 @@ class _Rows:
             Y=Y,
             keep=keep[:, None],
             penalty=penalty[:, None],
-            bounds=[0, *torch.bincount(number, minlength=n_folds).cumsum(0).tolist()],
+            bounds=bounds,
             left_out=list(left_out),
             mean=mean,
             deviation=deviation,
         )
+
+
+def standardised(X: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Return rows standardised over all of them, a column of ones after them; and mean and deviation (float64).
+
+    A constant coordinate is centred and left at that.
+    """
+    mean = X.mean(0, dtype=torch.float64)
+    F = torch.empty(len(X), X.shape[1] + 1, dtype=dtype, device=X.device)
+    torch.sub(X, mean.to(X.dtype), out=F[:, :-1])
+    deviation = (F[:, :-1].square().sum(0, dtype=torch.float64) / len(X)).sqrt()
+    deviation = torch.where(deviation <= 1e-12 * mean.abs().clamp_min(1e-30), 1.0, deviation)
+    F[:, :-1] /= deviation.to(dtype)
+    F[:, -1] = 1
+    return F, mean.to(X.dtype).double(), deviation
 
 
 def _check_classes(Y: Tensor, keep: Tensor) -> None:
@@ -230,7 +246,7 @@ class _Descent:
 
     def _by_columns(self, weights: Tensor) -> Callable[[Tensor], Tensor]:
         scaled = self.F * weights[:, None].sqrt()
-        parts = [scaled[a:b].T @ scaled[a:b] for a, b in zip(self.rows.bounds, self.rows.bounds[1:], strict=False)]
+        parts = [_gram(scaled[a:b]) for a, b in pairwise(self.rows.bounds)]
         total = torch.stack(parts).sum(0)
         inverses = torch.empty(len(self.keep), *total.shape, dtype=total.dtype, device=total.device)
         for i, out in enumerate(self.rows.left_out):
@@ -257,6 +273,16 @@ class _Descent:
 
 def _times(states: Tensor, A: Tensor) -> Tensor:
     return (states.flatten(0, 1) @ A).view(*states.shape[:2], A.shape[1])
+
+
+def _gram(A: Tensor) -> Tensor:
+    """A' A from the blocks on and above the diagonal."""
+    G = A.new_empty(A.shape[1], A.shape[1])
+    edges = [i * A.shape[1] // 3 for i in range(4)]
+    for a, b in pairwise(edges):
+        G[a:b, a:] = A[:, a:b].T @ A[:, a:]
+        G[a:, a:b] = G[a:b, a:].T
+    return G
 
 
 def _factor(H: Tensor, diagonal: Tensor) -> Tensor:
