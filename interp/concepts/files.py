@@ -141,7 +141,7 @@ def save_gguf(
         match = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", d.hook)
         if match is None or int(match[1]) == 0:
             raise ValueError(
-                f"{d.hook or 'no hook point'}: a control vector holds resid_post of block 1 and later ones"
+                f"{d.hook or 'no hook point'}: a control vector holds resid_post of blocks 1, 2, ... alone"
             )
         if int(match[1]) in vectors:
             raise ValueError(f"two directions lie at {d.hook}; a control vector holds one a layer")

@@ -89,7 +89,7 @@ def test_a_single_direction_of_a_file_is_opened_and_moved_only_by_force(tmp_path
     assert torch.equal(open_direction(tmp_path / "one.safetensors", llama).vector, d.vector)
     assert set(load_directions(tmp_path / "one.safetensors")) == {d.hook}
     for options in ({"model": llama}, {}):
-        with pytest.raises(DirectionError, match="not at blocks.0"):
+        with pytest.raises(DirectionError, match=r"not at blocks\.0"):
             open_direction(tmp_path / "one.safetensors", hook="resid_post.0", **options)
     moved = open_direction(tmp_path / "one.safetensors", llama, hook="resid_post.0", force=True)
     assert moved.hook == POST.format(0) and moved.norm == residual_norm(llama, "resid_post.0")
@@ -153,9 +153,14 @@ def test_direction_n_of_gguf_is_what_llama_cpp_adds_after_the_block_of_index_n(t
 
 def test_what_a_control_vector_cannot_hold_is_refused(tmp_path):
     pre = direction_from(torch.ones(8), hook="resid_pre.2", model=None, method="")
-    for given, why in (([some(0)], "blocks 1, 2"), ([pre], "resid_post"), ([some(1), some(1)], "two"), ([], "0 were")):
+    for several, why in (
+        ([some(0)], "blocks 1, 2"),
+        ([pre], "resid_post"),
+        ([some(1), some(1)], "two"),
+        ([], "0 were"),
+    ):
         with pytest.raises(ValueError, match=why):
-            save_gguf(tmp_path / "v.gguf", given)
+            save_gguf(tmp_path / "v.gguf", several)
     with pytest.raises(ValueError, match="one width"):
         save_gguf(tmp_path / "v.gguf", [some(1), some(2, d=16)])
     with pytest.raises(DirectionError, match="unit"):
@@ -231,7 +236,7 @@ def test_svec_files_are_read_at_the_block_outputs_they_were_fitted_on(tmp_path):
     assert list(found) == [POST.format(2), POST.format(10)] and found[POST.format(10)].scale == 5.0
     assert raw(found[POST.format(2)]).tolist() == [0.0, -2.0] and "mistral" in found[POST.format(2)].method
     assert open_direction(tmp_path / "v.svec", hook="resid_post.10").scale == 5.0
-    with pytest.raises(ValueError, match="2 directions.*hook_resid_post, blocks.10"):
+    with pytest.raises(ValueError, match=r"2 directions.*hook_resid_post, blocks\.10"):
         open_direction(tmp_path / "v.svec")
 
 
@@ -240,7 +245,8 @@ def test_svec_files_are_read_at_the_block_outputs_they_were_fitted_on(tmp_path):
     [
         "{}", '{"directions": {}}', '{"directions": {"x": [1, 2]}}', '{"directions": {"1": [1, "a"]}}',
         '{"directions": {"1": [true, false]}}', '{"directions": {"1": [NaN, 1]}}', '{"directions": {"1": [1e999, 1]}}',
-        '{"directions": {"1": [0, 0]}}', '{"directions": {"1": [[1, 2], [3, 4]]}}', '{"directions": {"1": ' + "[" * 9000,
+        '{"directions": {"1": [0, 0]}}', '{"directions": {"1": [[1, 2], [3, 4]]}}',
+        '{"directions": {"1": ' + "[" * 9000,
         '{"directions": {"1": [1, 2], "1": [1, 2]}}', '{"directions": {"1": [1' + "0" * 400 + ", 2]}}",
     ],
 )  # fmt: skip
