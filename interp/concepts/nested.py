@@ -4,13 +4,14 @@ The folds of the inner loop are those of the outer one: with fold k held out, a 
 AUROC on each other fold m, fitted without both. So K (K + 1) / 2 fits a candidate do for the whole nested loop.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from interp.acts.resampling import FEW_GROUPS, aurocs, fold_area, permutations
@@ -18,6 +19,7 @@ from interp.concepts.closed import CLOSED, Columns
 from interp.concepts.solver import fit_logistic, training_sets
 
 Candidate = tuple[str, float]  # method, C
+Result = TypeVar("Result")
 CHUNK = 2**24  # floats in one batch of cells
 
 
@@ -86,7 +88,7 @@ def score_block(
     pairs = np.stack([_pairs(labels[:, a:b]) for a, b in pairwise(bounds)])
     for k in range(n_folds):
         weights[k] = pairs.sum(0) - pairs[k]
-    for some in _chunks(cells, len(sets) * n_columns):
+    for some in chunks(cells, len(sets) * n_columns):
         batch = [cells[i] for i in some]
         for j, candidate in enumerate(candidates):
             W, b = fit_columns(batch, Y, numbers, sets, candidate)
@@ -215,35 +217,52 @@ def run(
     n_permutations: int,
     rng: np.random.Generator,
 ) -> tuple[Outcome, Scores, list[Outcome]]:
-    """Return the outcome of the true labels with its scores, and those of permuted ones.
+    """Return the outcome of the true labels with its scores, and those of permuted ones (see `repeated`)."""
+    kept: list[Scores] = []
 
-    Labels move within units (pairs, or groups of both labels), or between whole units of one label: within a fold
+    def judge(some: list[Cell], labels: np.ndarray, numbers: np.ndarray, order: np.ndarray) -> list[Outcome]:
+        scores = score_block(some, labels, numbers, candidates)
+        kept[1:] = []
+        kept.append(scores)
+        return outcomes(scores, labels, numbers, groups[order])
+
+    true, null = repeated(list(cells.values()), y, folds, units, judge, n_permutations, rng, len(candidates))
+    return true, kept[0], null
+
+
+def repeated(
+    cells: list[Cell],
+    y: Shaped[np.ndarray, " n"],
+    folds: Int[np.ndarray, " n"],
+    units: Int[np.ndarray, " n"],
+    judge: Callable[[list[Cell], np.ndarray, np.ndarray, np.ndarray], list[Result]],
+    n_permutations: int,
+    rng: np.random.Generator,
+    n_candidates: int,
+) -> tuple[Result, list[Result]]:
+    """Return what judge(cells, labels [column, n], folds, order), its rows sorted by fold, says of y and permuted y.
+
+    Labels move within units (pairs, or groups of several labels), or between whole units of one label: within a fold
     where there are many units, so that folds stay as they are, and else together with the fold's number. Either way
     the folds are as stratified as the true ones, and rows that are exchangeable under the null are exchanged.
     """
-    values = list(cells.values())
     order = np.argsort(folds, kind="stable")
-    scores = score_block([_take(c, order) for c in values], y[None, order], folds[order], candidates)
-    true = outcomes(scores, y[None, order], folds[order], groups[order])[0]
-    null: list[Outcome] = []
+    ordered = [_take(c, order) for c in cells]
+    true = judge(ordered, y[None, order], folds[order], order)[0]
+    null: list[Result] = []
     if not n_permutations:
-        return true, scores, null
+        return true, null
     if int(units.max()) + 1 >= FEW_GROUPS or not _constant(y, units).any():
         draws = permutations(y, units, n_permutations, rng, strata=folds)
-        step = max(1, CHUNK * 2 // (len(values) * len(y) * len(candidates)))
-        sorted_cells = [_take(c, order) for c in values]
+        step = max(1, CHUNK * 2 // (len(cells) * len(y) * n_candidates))
         for start in range(0, n_permutations, step):
-            labels = y[draws[start : start + step]][:, order]
-            block = score_block(sorted_cells, labels, folds[order], candidates)
-            null += outcomes(block, labels, folds[order], groups[order])
-        return true, scores, null
+            null += judge(ordered, y[draws[start : start + step]][:, order], folds[order], order)
+        return true, null
     for draw in permutations(y, units, n_permutations, rng):
         moved = folds[draw]
         order = np.argsort(moved, kind="stable")
-        labels = y[draw][None, order]
-        block = score_block([_take(c, order) for c in values], labels, moved[order], candidates)
-        null += outcomes(block, labels, moved[order], groups[order])
-    return true, scores, null
+        null += judge([_take(c, order) for c in cells], y[draw][None, order], moved[order], order)
+    return true, null
 
 
 def _constant(y: np.ndarray, units: np.ndarray) -> np.ndarray:
@@ -259,7 +278,7 @@ def _take(cell: Cell, order: np.ndarray) -> Cell:
     return Cell(F=cell.F[torch.from_numpy(order)], mean=cell.mean, deviation=cell.deviation)
 
 
-def _chunks(cells: Sequence[Cell], n_lines: int) -> list[list[int]]:
+def chunks(cells: Sequence[Cell], n_lines: int) -> list[list[int]]:
     """Return indices of cells of equal width, as many together as a batch holds."""
     by_width: dict[int, list[int]] = {}
     for i, cell in enumerate(cells):

@@ -13,6 +13,7 @@ from interp.acts.resampling import (
     Labels,
     as_groups,
     as_labels,
+    as_list,
     fold_area,
     fold_numbers,
     grouped_folds,
@@ -26,7 +27,7 @@ from interp.concepts.probes import Probe, fit_probe
 __all__ = ["Calibration", "CellScore", "Choice", "LearningPoint", "Sweep", "Untrained", "sweep"]
 
 METHODS = ("logistic", *CLOSED)
-SETTLED = (3.0, 6.0)  # standard errors from chance between which the correction measured at chance fades out
+SETTLED = (3.0, 5.0)  # standard errors from chance between which the correction measured at chance fades out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,21 +123,14 @@ def sweep(
     The interval takes the training rows that folds share into account (see nested.standard_error) and is scaled to
     the spread of the permutations; below 30 groups it inverts the permutation test, which needs 39 permutations.
     Types (say, the word of a token) add Hewitt and Liang's control task (arXiv:1909.03368): one random label a type.
-    `untrained` holds rows of the same examples from an untrained model.
+    `untrained` holds rows of the same examples from an untrained model. Continuous targets: `values.sweep_values`.
     Raises ValueError where the data do not allow this (too few groups, one class in a fold, rows that are not finite).
     """
-    rows, labels, group, unit = _checked(X, y, groups, pairs)
+    labels = as_labels(y)
+    rows = checked_rows(X, len(labels))
     candidates = _candidates(methods, Cs)
-    if folds < 3:
-        raise ValueError(f"folds is {folds}; a nested choice needs at least 3")
-    if int(group.max()) + 1 < folds:
-        raise ValueError(f"{folds} folds need as many groups, there are {int(group.max()) + 1}: use fewer folds")
+    group, unit = folds_and_units(groups, pairs, len(labels), folds, n_permutations)
     few = int(group.max()) + 1 < FEW_GROUPS
-    if few and n_permutations < 39:
-        raise ValueError(
-            f"with {int(group.max()) + 1} groups the interval is an inverted permutation test: at least 39 "
-            f"permutations are needed, n_permutations is {n_permutations}"
-        )
     split = grouped_folds(group, folds, seed, labels)
     fold = fold_numbers(split)
     rng = np.random.default_rng(seed)
@@ -184,23 +178,43 @@ def sweep(
     )
 
 
-def _checked(
-    X: Mapping[str, Any], y: Labels, groups: Labels | None, pairs: Labels | None
-) -> tuple[dict[str, Tensor], np.ndarray, np.ndarray, np.ndarray]:
+def checked_rows(X: Mapping[str, Any], n: int) -> dict[str, Tensor]:
+    """Return each cell's rows. Raises ValueError, naming the cell, where they are not finite [n, d]."""
     if not X:
         raise ValueError("no cells were given: X maps names such as 'resid_post.2' to rows [n, d]")
-    labels = as_labels(y)
     rows = {}
     for name, x in X.items():
         try:
             rows[name] = as_rows(x)
         except ValueError as error:
             raise ValueError(f"cell {name!r}: {error}") from error
-        if len(rows[name]) != len(labels):
-            raise ValueError(f"cell {name!r} has {len(rows[name])} rows, but {len(labels)} labels were given")
-    number, pair = as_groups(groups, len(labels)), as_groups(pairs, len(labels))
-    unit = number if pairs is None else pair
-    return rows, labels, number if pairs is None else _joined(number, pair), unit
+        if len(rows[name]) != n:
+            raise ValueError(f"cell {name!r} has {len(rows[name])} rows, but {n} labels were given")
+    return rows
+
+
+def folds_and_units(
+    groups: Labels | None, pairs: Labels | None, n: int, folds: int, n_permutations: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the number of what stays in one fold, and of what labels are permuted within. Raises ValueError.
+
+    A row whose pair is None is a pair of its own.
+    """
+    number, unit = as_groups(groups, n), None
+    if pairs is not None:
+        unit = as_groups([("row", i) if p is None else p for i, p in enumerate(as_list(pairs))], n)
+        number = _joined(number, unit)
+    n_groups = int(number.max()) + 1
+    if folds < 3:
+        raise ValueError(f"folds is {folds}; a nested choice needs at least 3")
+    if n_groups < folds:
+        raise ValueError(f"{folds} folds need as many groups, there are {n_groups}: use fewer folds")
+    if n_groups < FEW_GROUPS and n_permutations < 39:
+        raise ValueError(
+            f"with {n_groups} groups the interval is an inverted permutation test: at least 39 permutations are "
+            f"needed, n_permutations is {n_permutations}"
+        )
+    return number, number if unit is None else unit
 
 
 def _joined(groups: np.ndarray, pairs: np.ndarray) -> np.ndarray:
@@ -239,25 +253,27 @@ def _interval(
     from scipy.special import stdtrit
 
     n_groups = int(group.max()) + 1
-    quantile = float(stdtrit(n_groups - 1, 0.975))
+    freedom = float(n_groups - 1)
     if n_groups < FEW_GROUPS:
         away = np.sort([abs(o.area - 0.5) for o in null])
-        half = float(away[int(np.ceil(0.95 * (len(away) + 1))) - 1])
-        by = "inverted permutation test"
-        if any(0 < labels[group == g].mean() < 1 for g in range(n_groups)) and true.clustered * quantile > half:
-            half, by = true.clustered * quantile, f"spread of {n_groups} groups, Student's t"
+        half, by = float(away[int(np.ceil(0.95 * (len(away) + 1))) - 1]), "inverted permutation test"
+        clustered = true.clustered * float(stdtrit(freedom, 0.975))
+        if clustered > half and any(0 < labels[group == g].mean() < 1 for g in range(n_groups)):
+            half, by = clustered, f"spread of {n_groups} groups, Student's t"
         return _around(true.area, half), by
     if not true.spread > 0:
         sizes = [len(set(group[labels == c].tolist())) for c in (1, 0)]
         return score_interval(true.area, *sizes), "Newcombe's score interval on numbers of groups"
     scale, by = 1.0, "DeLong over groups, shared training rows"
-    ratios = [((o.area - 0.5) / o.spread) ** 2 for o in null if o.spread > 0]
+    ratios = np.array([((o.area - 0.5) / o.spread) ** 2 for o in null if o.spread > 0])
     if len(ratios) >= 20:
-        measured = float(np.mean(ratios))
+        measured = float(ratios.mean())
         away = abs(true.area - 0.5) / (true.spread * measured**0.5)
-        settled = true.agreement * float(np.clip((away - SETTLED[0]) / (SETTLED[1] - SETTLED[0]), 0, 1))
-        scale, by = 1 + (measured - 1) * (1 - settled), f"{by}, scaled to permutations"
-    return _around(true.area, quantile * true.spread * scale**0.5), by
+        chance = 1 - true.agreement * float(np.clip((away - SETTLED[0]) / (SETTLED[1] - SETTLED[0]), 0, 1))
+        scale, by = 1 + (measured - 1) * chance, f"{by}, scaled to permutations"
+        noise = float(ratios.var()) / (len(ratios) * measured**2)  # squared relative error of `measured`
+        freedom = 1 / (1 / freedom + chance**2 * noise / 2)  # a variance so estimated has 2 / noise degrees of freedom
+    return _around(true.area, float(stdtrit(freedom, 0.975)) * true.spread * scale**0.5), by
 
 
 def _around(centre: float, half: float) -> tuple[float, float]:

@@ -3,13 +3,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from sklearn.linear_model import LogisticRegression
+from scipy.stats import spearmanr
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import roc_auc_score
 
 from interp.acts.resampling import fold_numbers, grouped_folds
 from interp.concepts import nested
 from interp.concepts.nested import Cell, run, standard_error
 from interp.concepts.sweep import sweep
+from interp.concepts.values import sweep_values
 
 
 def cells(n, d, n_cells, seed, effect=0.0, at=1):
@@ -244,3 +246,62 @@ def test_sweeps_that_mean_nothing_are_refused(change, message):
     given = {"X": X, "y": y, **QUICK, "methods": ["mean_difference"], **change}
     with pytest.raises(ValueError, match=message):
         sweep(given.pop("X"), given.pop("y"), **given)
+
+
+def test_a_continuous_target_is_read_where_it_is_and_noise_is_not():
+    rng = np.random.default_rng(11)
+    groups, y = np.repeat(np.arange(40), 4), rng.normal(size=160) * 10 + 1900
+    X = {f"resid_post.{i}": rng.normal(size=(160, 12)) for i in range(4)}
+    X["resid_post.2"][:, 3] += 0.2 * (y - 1900)
+    found = sweep_values(X, y, groups=groups, n_permutations=39)
+    assert {c.cell for c in found.chosen} == {"resid_post.2"} == {found.table[0].cell}
+    assert found.spearman > 0.8 and found.interval[0] > 0.5 and found.p_value == pytest.approx(1 / 40)
+    # the best reader sees signal of deviation 2 in noise of 1: R2 = 4 / 5
+    assert 0.65 < found.r2 < 0.85 and found.r2_null < 0.05
+    assert float(found.best.vector[3]) > 0.9
+    X = {name: np.random.default_rng(13).normal(size=(160, 12)) for name in ("a", "b")}
+    nothing = sweep_values(X, y, groups=groups, n_permutations=39)
+    assert nothing.interval[0] < 0 < nothing.interval[1] and nothing.p_value > 0.05
+    assert json.loads(json.dumps(nothing.to_dict()))["n_groups"] == 40
+
+
+def test_the_nested_ridge_equals_a_loop_over_scikit_learn():
+    rng = np.random.default_rng(12)
+    y = rng.normal(size=60)
+    X = {"a": rng.normal(size=(60, 5)), "b": rng.normal(size=(60, 5)) + 0.6 * y[:, None]}
+    found = sweep_values(X, y, Cs=[0.01, 1.0], folds=3, n_permutations=39)
+    folds = fold_numbers(grouped_folds(np.arange(60), 3, 0))
+
+    def said(name, C, train, test):
+        mean, deviation = X[name][train].mean(0), X[name][train].std(0)
+        fit = Ridge(alpha=1 / C).fit((X[name][train] - mean) / deviation, y[train])
+        return fit.predict((X[name][test] - mean) / deviation)
+
+    total, error, spread = 0.0, 0.0, 0.0
+    for k in range(3):
+        others = [m for m in range(3) if m != k]
+        scores = {
+            (name, C): sum(
+                (folds == m).sum() * spearmanr(said(name, C, (folds != k) & (folds != m), folds == m), y[folds == m])[0]
+                for m in others
+            )
+            for name in X
+            for C in (0.01, 1.0)
+        }
+        best = max(scores, key=scores.get)
+        assert (found.chosen[k].cell, found.chosen[k].C) == best
+        outer = said(*best, folds != k, folds == k)
+        total += (folds == k).sum() / 60 * spearmanr(outer, y[folds == k])[0]
+        error += ((outer - y[folds == k]) ** 2).sum()
+        spread += ((y[folds == k] - y[folds != k].mean()) ** 2).sum()
+    assert found.spearman == pytest.approx(total, abs=1e-9)
+    # ridge penalises in the units of y: the same after scaling y, since ridge is linear in it
+    assert found.r2 == pytest.approx(1 - error / spread, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("y", "message"),
+)
+def test_targets_that_cannot_be_read_are_refused(y, message):
+    with pytest.raises(ValueError, match=message):
+        sweep_values({"a": np.random.default_rng(0).normal(size=(60, 3))}, y)
