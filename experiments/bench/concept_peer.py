@@ -14,11 +14,12 @@ def erase(folder: Path) -> None:
     from concept_erasure import LeaceEraser, OracleEraser  # type: ignore[import-not-found]
     from safetensors.torch import load_file, save_file
 
-    given, options = load_file(folder / "in.safetensors"), json.loads((folder / "options.json").read_text())
-    x, z = given["x"], given["z"]
-    leace, oracle = LeaceEraser.fit(x, z, **options), OracleEraser.fit(x, z)
-    out = {"leace": leace(x), "taken": leace.proj_left @ leace.proj_right, "oracle": oracle(x, z)}
-    save_file({k: v.contiguous() for k, v in out.items()}, folder / "out.safetensors")
+    for case in sorted(folder.iterdir()):
+        given, options = load_file(case / "in.safetensors"), json.loads((case / "options.json").read_text())
+        x, z = given["x"], given["z"]
+        leace, oracle = LeaceEraser.fit(x, z, **options), OracleEraser.fit(x, z)
+        out = {"leace": leace(x), "taken": leace.proj_left @ leace.proj_right, "oracle": oracle(x, z)}
+        save_file({k: v.contiguous() for k, v in out.items()}, case / "out.safetensors")
 
 
 def read_gguf(path: Path) -> None:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from interp.acts.direction import Direction, DirectionError, as_rows, versions
 from interp.concepts.moments import JointMoments, concept_columns, shrunk
+from interp.concepts.operations import Operation, low_rank
+from interp.concepts.positions import Positions
 from interp.model.loading import as_model
 from sae.io import FormatError, load_tensors, save_tensors
 
@@ -78,9 +80,12 @@ class Eraser:
         left, right, centre = (t.to(rows.device) for t in (self.left, self.right, self.centre))
         return (wide - (wide - centre) @ right.T @ left.T).to(rows.dtype)
 
-    def edit(self, value: Shaped[Tensor, "b q d"], clock: Any) -> Shaped[Tensor, "b q d"]:
-        """Return erased values at every position: a function for interp.model.hooks.editing at the eraser's hook."""
-        return self.apply(value)
+    def operation(self, positions: Positions = "default", *, strength: float | int = 1.0) -> Operation:
+        """Return the erasure as a steering operation at the eraser's hook point; refuse other models by for_model."""
+        if not self.hook:
+            raise ValueError("this eraser knows no hook point: for_model(model, hook='resid_post.6', force=True)")
+        A, B, bias = -self.right.T.float(), self.left.T.float(), (self.right @ self.centre).float()
+        return low_rank(A, B, self.hook, bias, strength, positions)
 
     def for_model(self, model: Any, *, hook: str | None = None, force: bool = False) -> "Eraser":
         """Return the eraser for use on a model; raises DirectionError for another model or hook unless forced."""

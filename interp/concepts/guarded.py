@@ -13,7 +13,7 @@ from torch import Tensor
 from interp.acts.direction import as_rows
 from interp.acts.resampling import Labels, as_groups, auroc, auroc_interval, grouped_folds, permute_labels
 from interp.acts.resampling import placebo_directions as random_directions
-from interp.concepts.erasure import Eraser, OracleEraser, fingerprint, fit_projection, origin, orthonormal, project_out
+from interp.concepts.erasure import Eraser, OracleEraser, fingerprint, origin, orthonormal, project_out
 from interp.concepts.finders import labelled_rows
 from interp.concepts.moments import concept_columns
 
@@ -38,7 +38,7 @@ class Guardedness:
     placebo: float  # mean AUROC after erasing as many random directions: erasing anything at all is not enough
     leak: float | None  # AUROC that a perfect reader would get out of the eraser's own sampling error; None: not fitted
     change: float  # mean squared length of what erasure moves a row by, in squared residual-stream units
-    change_projection: float  # the same for the orthogonal projection off the class means' difference on these rows
+    change_projection: float  # the same for the orthogonal projection off the span of what the eraser takes out
     variance: float  # mean squared distance of the rows from their mean: the scale of both
     n_train: int
     n_test: int
@@ -96,7 +96,8 @@ def guardedness(
     for i in range(n_placebos):
         elsewhere = project_out(random_directions(rows.shape[1], rank, seed + i), centre=rows.mean(0)).apply(rows)
         placebo.append(auroc(_scores(elsewhere, labels[train], train, test, C), labels[test]))
-    flat = fit_projection(rows, labels).apply(rows)
+    middle = rows.mean(0) if isinstance(eraser, OracleEraser) else eraser.centre
+    flat = project_out(eraser.left.T, centre=middle).apply(rows) if eraser.left.numel() else rows
     return Guardedness(
         before=auroc(scores[0], labels[test]),
         before_interval=intervals[0],
