@@ -117,11 +117,10 @@ def effects_table(report: EffectsReport) -> Table:
         b = at[name]
         interval = None if b.interval is None else f"[{show(b.interval[0], 3)}, {show(b.interval[1], 3)}]"
         values = [show(row[name].value, 3) for row in report.doses]
-        rows.append([NAMES[name], *values, interval, *_null_cells(b), _rank(name, b)])
+        rows.append([NAMES[name], *values, interval, *_null_cells(b)[1:], _rank(name, b)])
     shown = f"{report.shown:g}"
     columns = ["at strength", *(f"{row.strength:g}" for row in report.doses), f"{shown}: 95% interval",
-               Column(f"{shown}: random, mean", null=True), Column(f"{shown}: random, range", null=True),
-               Column(f"{shown}: shuffled, range", null=True), "p"]  # fmt: skip
+               Column(f"{shown}: random, range", null=True), Column(f"{shown}: shuffled, range", null=True), "p"]  # fmt: skip
     return Table(columns, rows, f"Effect, fluency and damage; p: rank among {len(at['gain'].random)} random directions")
 
 
@@ -204,9 +203,8 @@ def _meanings(report: EffectsReport) -> Section:
     rows = [[NAMES[name], MEANINGS[name]] for name in _measured(report)]
     unsteered = ", ".join(f"{NAMES[name]} {show(value)}" for name, value in report.unsteered.items())
     note = f"Of the model as it is, on the same prompts: {unsteered}."
-    return Section(
-        "What each quantity is", [Table(["quantity", "definition"], rows, "Definitions"), Text(note, "note")]
-    )
+    blocks = [Table(["quantity", "definition"], rows, "Definitions"), Text(note, "note"), _every_number(report)]
+    return Section("What each quantity is", blocks)
 
 
 def _figure_table(report: EffectsReport) -> Table:
