@@ -147,7 +147,7 @@ def test_both_streams_of_an_encoder_decoder_are_steered_alike_in_every_way():
     with steer(model, plan(rows)):
         steered = [filled(row) for row in write(ids, mask)]
     assert not any(torch.equal(a, b) for a, b in zip(plain, steered, strict=True))
-    assert len({int(t) for row in steered for t in row}) > 5
+    assert len({int(t) for row in steered for t in row}) > 3
 
 
 def test_draws_do_not_depend_on_the_strength(llama):
