@@ -120,7 +120,7 @@ def effects_table(report: EffectsReport) -> Table:
         rows.append([NAMES[name], *values, interval, *_null_cells(b)[1:], _rank(name, b)])
     shown = f"{report.shown:g}"
     columns = ["at strength", *(f"{row.strength:g}" for row in report.doses), f"{shown}: 95% interval",
-               Column(f"{shown}: random, range", null=True), Column(f"{shown}: shuffled, range", null=True), "p"]  # fmt: skip
+               *(Column(f"{shown}: {null}, range", null=True) for null in ("random", "shuffled")), "p"]  # fmt: skip
     return Table(columns, rows, f"Effect, fluency and damage; p: rank among {len(at['gain'].random)} random directions")
 
 
