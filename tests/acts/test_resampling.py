@@ -8,10 +8,15 @@ from sklearn.metrics import roc_auc_score
 from interp.acts.resampling import (
     auroc,
     auroc_interval,
+    aurocs,
     bootstrap_counts,
+    fold_area,
+    fold_numbers,
     grouped_folds,
+    permutations,
     permute_labels,
     placebo_directions,
+    score_interval,
 )
 
 
@@ -165,3 +170,92 @@ def test_placebo_directions_are_unit_seeded_and_uncorrelated():
     cosines = (a @ a.T)[~torch.eye(500, dtype=torch.bool)]
     assert abs(float(cosines.mean())) < 0.005
     assert float(cosines.std()) == pytest.approx(64**-0.5, rel=0.03)
+
+
+@given(st.integers(0, 10**6), st.sampled_from([1, 3, 50]))
+@settings(max_examples=60, deadline=None)
+def test_many_aurocs_at_once_equal_one_at_a_time(seed, levels):
+    rng = np.random.default_rng(seed)
+    scores = (rng.normal(size=(3, 4, 25)) * levels).round(0 if levels < 50 else 6).astype(np.float32)
+    labels = np.stack([rng.permutation(np.arange(25) < 9).astype(int) for _ in range(4)])
+    found = aurocs(scores, labels)
+    for i in range(3):
+        for j in range(4):
+            assert found[i, j] == pytest.approx(auroc(scores[i, j], labels[j]), abs=1e-12)
+
+
+def test_many_aurocs_refuse_what_has_none():
+    with pytest.raises(ValueError, match="nan"):
+        aurocs(np.array([[0.0, np.nan]]), np.array([0, 1]))
+    with pytest.raises(ValueError, match="one is absent"):
+        aurocs(np.array([[0.0, 1.0]]), np.array([1, 1]))
+
+
+def delong(scores, y):
+    """DeLong's variance, by counting pairs."""
+    wins = np.sign(scores[y == 1][:, None] - scores[y == 0][None, :]) / 2 + 0.5
+    by_positive, by_negative = wins.mean(1), wins.mean(0)
+    return by_positive.var(ddof=1) / len(by_positive) + by_negative.var(ddof=1) / len(by_negative)
+
+
+def test_the_variance_of_a_folds_area_is_delongs_where_rows_are_their_own_groups():
+    rng = np.random.default_rng(2)
+    y = np.arange(41) % 3 // 2
+    scores = (rng.normal(size=41) + y).round(1)
+    area, variance = fold_area(scores, y, np.arange(41) + 7)
+    assert area == pytest.approx(auroc(scores, y)) and variance == pytest.approx(delong(scores, y))
+
+
+@pytest.mark.parametrize("kind", ["offset", "pairs"])
+def test_the_variance_of_a_folds_area_is_its_spread_over_draws_of_groups(kind):
+    areas, variances, by_rows = [], [], []
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        groups = np.repeat(np.arange(30), 6 if kind == "offset" else 2)
+        y = groups % 2 if kind == "offset" else np.tile([0, 1], 30)
+        scores = 2 * rng.normal(size=30)[groups] + rng.normal(size=len(groups)) + y
+        area, variance = fold_area(scores, y, groups)
+        areas.append(area)
+        variances.append(variance)
+        by_rows.append(delong(scores, y))
+    spread = np.var(areas, ddof=1)
+    assert np.mean(variances) == pytest.approx(spread, rel=0.25)
+    wrong = np.mean(by_rows) / spread
+    assert wrong < 0.6 or wrong > 1.6, "taking rows as independent should have failed here"
+
+
+def test_permutations_within_strata_stay_there_and_keep_groups_whole():
+    groups = np.repeat(np.arange(12), 3)
+    y = groups % 2
+    y[:3] = [0, 1, 1]  # one mixed group
+    strata = (groups >= 6).astype(int)
+    draws = permutations(y, groups, 100, np.random.default_rng(0), strata)
+    for draw in draws:
+        assert (strata[draw] == strata).all()
+        assert sorted(draw[:3]) == [0, 1, 2]
+        whole = y[draw].reshape(12, 3)[1:]
+        assert (whole.min(1) == whole.max(1)).all()
+        assert [y[draw][strata == s].sum() for s in (0, 1)] == [y[strata == s].sum() for s in (0, 1)]
+    assert len({tuple(d) for d in draws}) > 90
+
+
+def test_permutations_are_uniform():
+    counts = {}
+    for draw in permutations(np.arange(3), None, 6000, np.random.default_rng(1)):
+        counts[tuple(draw)] = counts.get(tuple(draw), 0) + 1
+    assert len(counts) == 6 and all(abs(c - 1000) < 150 for c in counts.values())
+
+
+def test_the_numbers_of_folds_are_those_of_their_test_rows():
+    folds = grouped_folds(np.arange(11) // 2, 3, seed=4)
+    number = fold_numbers(folds)
+    assert all((np.flatnonzero(number == k) == test).all() for k, (_, test) in enumerate(folds))
+
+
+def test_newcombes_interval_has_a_width_at_the_end_and_solves_its_equation():
+    low, high = score_interval(1.0, 20, 20)
+    assert high == pytest.approx(1.0) and 0.8 < low < 0.95
+    low, high = score_interval(0.8, 30, 50)
+    for x in (low, high):
+        spread = 1 + 39 * ((1 - x) / (2 - x) + x / (1 + x))
+        assert (0.8 - x) ** 2 == pytest.approx(1.959964**2 * x * (1 - x) * spread / 1500, rel=1e-4)

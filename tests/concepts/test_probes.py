@@ -4,6 +4,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from sklearn.svm import LinearSVC
 
 from interp.acts.direction import DirectionError
 from interp.acts.resampling import auroc, grouped_folds
@@ -59,6 +60,25 @@ def test_every_probe_reads_the_planted_concept_and_points_to_label_one(method):
     assert float(probe.direction().vector[0]) > 0.85
     assert auroc(probe.decision(train[0]), train[1]) > 0.97
     assert (probe.decision(train[0]) > 0).numpy().mean() == pytest.approx(0.5, abs=0.06)
+
+
+def test_the_support_vector_machine_is_scikit_learns_in_raw_units():
+    X, y, _ = concept(200, 6, 1.0, seed=3)
+    X = X * np.logspace(-2, 2, 6) + 10
+    pipeline = make_pipeline(StandardScaler(), LinearSVC(C=0.1, dual=False, tol=1e-8, max_iter=100_000)).fit(X, y)
+    probe = fit_probe(X, y, method="svm", C=0.1)
+    assert np.allclose(probe.decision(X).numpy(), pipeline.decision_function(X), atol=1e-3)
+
+
+def test_lda_of_normal_classes_gives_their_log_odds():
+    rng = np.random.default_rng(4)
+    y = (np.arange(20_000) % 4 == 0).astype(int)  # a quarter is positive
+    X = rng.normal(size=(20_000, 2)) @ np.array([[2.0, 0.0], [1.0, 0.5]]) + np.outer(y, [1.0, 1.0])
+    covariance = np.array([[2.0, 0.0], [1.0, 0.5]]).T @ np.array([[2.0, 0.0], [1.0, 0.5]])
+    weight = np.linalg.solve(covariance, [1.0, 1.0])
+    probe = fit_probe(X, y, method="lda")
+    assert np.allclose(probe.weight.numpy(), weight, rtol=0.06)
+    assert probe.bias == pytest.approx(np.log(1 / 3) - weight @ [0.5, 0.5], rel=0.06)
 
 
 def test_the_mean_difference_probes_threshold_lies_half_way():

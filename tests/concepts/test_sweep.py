@@ -125,14 +125,14 @@ def template_leak(seed, n_templates=10):
 
 def test_templates_that_leak_between_folds_pass_for_a_concept_and_whole_templates_do_not():
     covered = 0
-    for seed in range(12):
+    for seed in range(8):
         X, y, groups = template_leak(seed)
         leaky = sweep(X, y, methods=["mean_difference"], **QUICK)
         assert leaky.auroc > 0.98 and leaky.interval[0] > 0.9
         found = sweep(X, y, groups=groups, methods=["mean_difference"], n_permutations=39, n_random=2, shares=())
         assert found.interval_by == "inverted permutation test" and found.n_groups == 10
         covered += found.interval[0] <= 0.5 <= found.interval[1]
-    assert covered >= 10
+    assert covered >= 7
 
 
 def test_pairs_stay_in_one_fold_and_swap_within_themselves():
@@ -209,7 +209,7 @@ def test_the_standard_error_doubles_the_variance_of_a_reader_of_noise_and_leaves
 def test_the_standard_error_is_the_spread_over_draws_for_noise_and_for_a_concept():
     for effect in (0.0, 1.5):
         areas, errors = [], []
-        for seed in range(120):
+        for seed in range(80):
             rng = np.random.default_rng([seed, 77])
             y = rng.permutation(np.arange(200) % 2)
             X = rng.normal(size=(200, 24))
@@ -220,7 +220,7 @@ def test_the_standard_error_is_the_spread_over_draws_for_noise_and_for_a_concept
             areas.append(true.area)
             errors.append(true.spread)
         ratio = np.mean(np.square(errors)) ** 0.5 / np.std(areas, ddof=1)
-        assert 0.8 < ratio < 1.25, f"effect {effect}: {ratio:.2f}"
+        assert 0.78 < ratio < 1.28, f"effect {effect}: {ratio:.2f}"
 
 
 @pytest.mark.parametrize(
