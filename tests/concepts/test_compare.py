@@ -202,6 +202,21 @@ def test_pairs_that_share_a_direction_are_told_from_random_ones():
         causal_inner_product(W).held_out_pairs([(0, 1), (2, 3), (4, 4)])
 
 
+def test_plural_is_a_direction_of_the_bundled_models_unembedding_and_not_of_shuffled_rows():
+    from interp.model.loading import load_model
+
+    model = load_model("tiny")
+    words = "dog cat boy girl tree bird toy flower car ball book friend".split()
+    ids = [[model.tokenizer.encode(f" {w}{s}", add_special_tokens=False) for s in ("", "s")] for w in words]
+    pairs = [(one[0], many[0]) for one, many in ids if len(one) == len(many) == 1]
+    assert len(pairs) >= 8
+    found = causal_inner_product(model).held_out_pairs(pairs, n_random=200)
+    assert found.mean > 0.3 > found.random_high and found.p_value == pytest.approx(1 / 201)
+    W = model.unembed_matrix()
+    mixed = W[torch.randperm(len(W), generator=torch.Generator().manual_seed(3))]
+    assert causal_inner_product(mixed).held_out_pairs(pairs, n_random=200).p_value > 0.02
+
+
 def test_a_models_unembedding_is_taken_and_one_without_inverse_refused(llama):
     found = causal_inner_product(llama)
     assert found.model == llama.fingerprint
