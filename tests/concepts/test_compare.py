@@ -206,7 +206,7 @@ def test_plural_is_a_direction_of_the_bundled_models_unembedding_and_not_of_shuf
     from interp.model.loading import load_model
 
     model = load_model("tiny")
-    words = "dog cat boy girl tree bird toy flower car ball book friend".split()
+    words = ["dog", "cat", "boy", "girl", "tree", "bird", "toy", "flower", "car", "ball", "book", "friend"]
     ids = [[model.tokenizer.encode(f" {w}{s}", add_special_tokens=False) for s in ("", "s")] for w in words]
     pairs = [(one[0], many[0]) for one, many in ids if len(one) == len(many) == 1]
     assert len(pairs) >= 8
