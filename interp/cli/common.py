@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,6 +52,21 @@ def flat(table: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     for name, value in table.items():
         rows += flat(value, f"{prefix}{name} ") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
     return rows
+
+
+def table_lines(columns: Sequence[Any], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """Return a table as lines, the first column to the left and the others to the right."""
+    cells = [[str(c) for c in columns], *([show_cell(c) for c in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in cells
+    ]
+
+
+def show_cell(value: Any) -> str:
+    """Return a cell as text: numbers to three digits, None as a dash."""
+    return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def lines(path: Path) -> list[str]:

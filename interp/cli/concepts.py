@@ -6,7 +6,9 @@ from typing import Annotated, Any
 import typer
 
 from interp.cli.commands import app
-from interp.cli.common import USAGE, Device, Json, ModelArg, Seed, emit, lines, say
+from interp.cli.common import USAGE, Device, Json, ModelArg, Quiet, Seed, emit, lines, say, table_lines
+
+NEUTRAL_TEXTS = 64  # of a source, at most
 
 Data = Annotated[Path | None, typer.Option(help="labelled texts: csv, jsonl or parquet with text,label[,group]")]
 Pairs = Annotated[Path | None, typer.Option(help="contrast pairs: a file with positive,negative")]
@@ -41,8 +43,9 @@ def concept(
     loaded = load_model(model, device=device)
     name = loaded.hook_point(hook or f"resid_post.{(loaded.n_layers - 1) // 2}").name
     rows = token_rows(loaded, examples, [name], position)
+    (X,) = rows.X.values()
     direction = fit_direction(
-        rows.X[name], rows.y, method=method, groups=rows.groups, pairs=rows.pairs, hook=name, model=loaded, seed=seed
+        X, rows.y, method=method, groups=rows.groups, pairs=rows.pairs, hook=name, model=loaded, seed=seed
     )
     direction.save(out)
     found = {
@@ -84,9 +87,10 @@ def probe(
     }  # fmt: skip
     rows = token_rows(loaded, examples, hook, **chosen)
     null = token_rows(untrained(loaded, seed), examples, hook, **chosen).X if control else None
+    more: dict[str, Any] = {"methods": tuple(method)} if method else {}
     found = sweep(
         rows.X, rows.y, groups=rows.groups, pairs=rows.pairs, folds=folds, n_permutations=permutations, untrained=null,
-        model=loaded, seed=seed, **({"methods": tuple(method)} if method else {}),
+        model=loaded, seed=seed, **more,
     )  # fmt: skip
     if out is not None:
         found.best.save(out)
@@ -121,7 +125,7 @@ def steer(
         raise typer.BadParameter(f"--operation {operation!r}: it is add or ablate")
     open_direction(vector, hook=hook, force=True)  # a bad file is refused before a model is loaded
     loaded = load_model(model, device=device)
-    given = open_direction(vector, loaded, hook, force=force)
+    given = open_direction(vector, loaded, hook=hook, force=force)
     a_row = [s for s in strength for _ in prompts]
     doing = add(given, a_row, positions) if operation == "add" else ablate(given, a_row, positions, hooks=EVERYWHERE)
     before = loaded.generate(prompts, max_new_tokens=max_new_tokens)
@@ -158,3 +162,111 @@ def _examples(
     assert positive is not None and negative is not None
     texts = [lines(positive), lines(negative)]
     return make_examples(texts[0] + texts[1], [1] * len(texts[0]) + [0] * len(texts[1]))
+
+
+@app.command(epilog="Example: interp effects tiny --vector glad.safetensors --labelled other.csv --prompts p.jsonl")
+def effects(
+    model: ModelArg,
+    vector: Vector,
+    prompts: Annotated[Path, typer.Option(help="jsonl with prompt, match and other: answers with and without it")],
+    labelled: Annotated[
+        Path | None, typer.Option(help="other labelled texts, for the classifier that re-reads")
+    ] = None,
+    label: Positive = None,
+    fitted_on: Annotated[Path | None, typer.Option(help="the direction's own texts, to refuse any that recur")] = None,
+    neutral: Annotated[str | None, typer.Option(help="text:FILE or jsonl:FILE to measure damage on")] = None,
+    strength: Annotated[list[float] | None, typer.Option(help="in median residual norms; repeat it")] = None,
+    placebos: Annotated[int, typer.Option(help="random directions of equal norm")] = 20,
+    shuffled: Annotated[int, typer.Option(help="directions fitted to shuffled labels")] = 10,
+    positions: Annotated[str, typer.Option(help="all, from_last_prompt_token")] = "all",
+    max_new_tokens: Annotated[int, typer.Option(help="tokens to add")] = 20,
+    kl_budget: Annotated[float, typer.Option(help="nats a token of neutral text")] = 0.1,
+    out: Annotated[Path | None, typer.Option(help="write a page, such as effects.html")] = None,
+    hook: At = None,
+    force: Force = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Measure what steering does and costs, at every strength beside its nulls; recommend one strength, or none."""
+    from itertools import islice
+
+    from interp.concepts.effects import measure_effects
+    from interp.concepts.files import open_direction
+    from interp.concepts.labelled import read_examples
+    from interp.concepts.margins import read_prompts
+    from interp.model.loading import load_model
+    from interp.model.sources import read_source
+    from interp.report.effects import effects_page, effects_table
+    from interp.report.pages import write_report
+
+    asked = read_prompts(prompts)
+    texts = None if labelled is None else read_examples(labelled, positive=label)
+    own = None if fitted_on is None else [str(text) for text in read_examples(fitted_on, positive=label).texts]
+    plain = None if neutral is None else [str(text) for text in islice(read_source(neutral), NEUTRAL_TEXTS)]
+    loaded = load_model(model, device=device)
+    given = open_direction(vector, loaded, hook=hook, force=force)
+    more: dict[str, Any] = {"strengths": strength} if strength else {}
+    found = measure_effects(
+        loaded, given, asked, labelled=texts, fitting_texts=own, neutral_texts=plain, n_random=placebos,
+        n_shuffled=shuffled, positions=positions, max_new_tokens=max_new_tokens, kl_budget=kl_budget, seed=seed,
+        progress=None if quiet else _tick(), **more,
+    )  # fmt: skip
+    if out is not None:
+        write_report(effects_page(found), out)
+    table = effects_table(found)
+    titles = [column if isinstance(column, str) else column.name for column in table.columns]
+    shown = [*table_lines(titles, table.rows), found.reason]
+    emit(found.to_dict(), as_json, shown if out is None else [*shown, str(out)])
+
+
+@app.command(epilog="Example: interp bake tiny --vector glad.safetensors --ablate --out without-glad")
+def bake(
+    model: ModelArg,
+    vector: Vector,
+    out: Annotated[Path, typer.Option(help="a new folder, for transformers and serving engines")],
+    strength: Annotated[float | None, typer.Option(help="add so much of it, in median residual norms")] = None,
+    ablate: Annotated[bool, typer.Option("--ablate", help="take it out of everything that writes the stream")] = False,
+    approximate: Annotated[bool, typer.Option("--approximate", help="where norms stand behind the writers")] = False,
+    hook: At = None,
+    force: Force = False,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Put steering into the weights: an ordinary Hugging Face folder, checked against the same steering by hooks."""
+    from interp.concepts.baking import bake as baking
+    from interp.concepts.files import open_direction
+    from interp.concepts.operations import EVERYWHERE, add
+    from interp.concepts.operations import ablate as ablating
+    from interp.model.loading import load_model
+
+    if ablate == (strength is not None):
+        say("error: give either --ablate or --strength")
+        raise typer.Exit(USAGE)
+    loaded = load_model(model, device=device)
+    given = open_direction(vector, loaded, hook=hook, force=force)
+    doing = add(given, strength, "all") if strength is not None else ablating(given, positions="all", hooks=EVERYWHERE)
+    baked = baking(loaded, doing, out=out, force=force, approximate=approximate)
+    found = baked.record()
+    emit(
+        found,
+        as_json,
+        [f"{out}: {len(baked.edited)} parameters changed, outputs within {baked.difference:.1e} of hooks"],
+    )
+
+
+def _tick() -> Any:
+    """Return a function that keeps one line on stderr of what is under way."""
+    import sys
+
+    before: list[str] = []
+
+    def note(what: str, done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            print(f"\r{what} {done}/{total}\033[K", end="\n" if done == total else "", file=sys.stderr, flush=True)
+        elif before != [what]:
+            before[:] = [what]
+            say(what)
+
+    return note
