@@ -229,6 +229,16 @@ def test_an_eraser_of_few_rows_leaks_as_much_as_its_sampling_error_allows():
     assert many.after < 0.6 and many.leak < 0.6
 
 
+def test_what_rounding_leaves_of_an_erased_coordinate_is_not_read():
+    g = torch.Generator().manual_seed(6)
+    y = np.arange(400) % 2
+    X = torch.randn(400, 8, generator=g, dtype=torch.float64)
+    X[:, 0] = torch.from_numpy(y) * 7.3 + 1e3
+    for centre in (None, X.mean(0)):
+        found = guardedness(project_out(torch.eye(8)[:1], centre=centre), X, y, n_shuffles=2, n_placebos=1)
+        assert found.before == 1.0 and found.at_chance and found.leak is None
+
+
 def test_guardedness_is_not_judged_on_the_fitting_rows_nor_across_a_group():
     X, y = planted(n=200)
     with pytest.raises(ValueError, match="fitted on"):
@@ -360,7 +370,7 @@ def test_what_cannot_be_erased_is_refused_with_the_reason():
 CASES = ("binary", "classes", "continuous", "few rows", "unshrunk")
 
 
-def parity_case(case):
+def parity_case(case) -> tuple[torch.Tensor, torch.Tensor, dict]:
     """Return rows, a concept and options that the package of the paper's authors is given too."""
     X, y = planted(n=15 if case == "few rows" else 300, classes=4 if case == "classes" else 2, effect=1.0)
     z = torch.from_numpy(y).double()

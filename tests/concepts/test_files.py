@@ -2,6 +2,7 @@ import json
 import os
 import struct
 import subprocess
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -322,6 +323,19 @@ def test_a_hostile_pt_is_a_format_error_and_runs_nothing(tmp_path, monkeypatch, 
     with pytest.raises(FormatError):
         open_directions(tmp_path / "v.pt", hook="resid_post.1")
     assert not (tmp_path / "pwned").exists()
+
+
+def test_a_pt_is_inspected_before_torch_reads_it(tmp_path, monkeypatch):
+    torch.save({1: torch.ones(4)}, tmp_path / "v.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "v.pt") as old,
+        zipfile.ZipFile(tmp_path / "c.pt", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for info in old.infolist():
+            new.writestr(info.filename, old.read(info))
+    monkeypatch.setattr(torch, "load", None)
+    with pytest.raises(FormatError, match="compressed"):
+        open_directions(tmp_path / "c.pt")
 
 
 def test_a_file_is_known_by_its_bytes_not_its_name(tmp_path):
