@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 import interp.concepts.token_choice as module
 from interp.acts.capture import capture_acts
 from interp.acts.rows import NonFiniteError
-from interp.concepts.labelled import contrast_pairs, make_examples
+from interp.concepts.labelled import contrast_pairs, make_examples, read_examples
+from interp.concepts.spans import overlapping
 from interp.concepts.token_choice import POSITIONS, max_over_tokens, token_rows
 from interp.concepts.token_labels import from_words, token_labelled
 from interp.model.loading import load_model
@@ -78,6 +79,13 @@ def test_a_span_is_the_tokens_that_share_a_character_with_it(tiny, span, tokens)
     ids = [tiny.tokenizer.encode(t, add_special_tokens=False) for t in tokens]
     assert all(len(i) == 1 for i in ids)
     assert torch.allclose(found, tiny.embed_matrix()[[i[0] for i in ids]].mean(0), atol=1e-6)
+
+
+def test_blanks_at_either_end_of_a_span_touch_no_token():
+    offsets = torch.tensor([[0, 0], [0, 4], [4, 7], [7, 11]])  # "The ", "cat", " sat": a blank behind, none, in front
+    assert overlapping(offsets, "The cat sat", (3, 8)).tolist() == [False, False, True, False]
+    assert overlapping(offsets, "The cat sat", (2, 9), shift=0).tolist() == [False, True, True, True]
+    assert overlapping(offsets + 5, "The cat sat", (3, 8), shift=5).tolist() == [False, False, True, False]
 
 
 def test_a_character_of_several_tokens_is_all_of_them(tiny):
@@ -281,3 +289,17 @@ def test_scores_of_texts_are_asked_of_max_not_of_every(words):
     assert rows.example_scores([1.0, 4.0, 2.0]).tolist() == [4.0, 2.0]
     with pytest.raises(ValueError, match="each token is an example"):
         token_rows(words, data, "embed", "every").example_scores([1.0, 4.0, 2.0])
+
+
+@pytest.mark.shared
+def test_real_files_are_read_whole(shared_data, tiny):
+    path = shared_data / "concepts/geometry-of-truth/cities.csv"
+    found = read_examples(path, text="statement", group="city")
+    assert len(found) == 1496 and int(found.labels.sum()) == 748
+    assert found.texts[1] == "The city of Krasnodar is in South Africa." and found.groups[0] == found.groups[1]
+    rows = token_rows(tiny, first_of(found, 40), HOOK, "last")
+    assert rows.X[NAME].shape == (40, 192) and rows.groups == found.groups[:40]
+
+
+def first_of(data, n):
+    return replace(data, texts=data.texts[:n], labels=data.labels[:n], groups=data.groups[:n])

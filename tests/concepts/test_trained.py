@@ -7,6 +7,7 @@ import torch
 import interp.concepts.trained as module
 from interp.concepts.labelled import contrast_pairs, make_examples
 from interp.concepts.steering import add, steer
+from interp.concepts.targets import Item, prepare
 from interp.concepts.trained import train_direction
 from interp.data.generator import labelled
 from interp.model.loading import load_model
@@ -52,6 +53,22 @@ def test_training_lowers_the_held_out_loss_further_than_random_directions_do(tin
     assert found.direction.method == f"trained {objective}" and found.n_train + found.n_held_out == 30
     if objective == "preference":
         assert found.before == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_what_is_steered_begins_at_the_prompts_last_token(words):
+    batch = prepare(words, [Item("w1 w2", ("w3",)), Item("", ("w4 w5",)), Item("w1 w2 w3", ("w4 w5",))])
+    # columns: <s> and words; the tokens of the answers are predicted from the columns before them
+    assert batch.targets.long().tolist() == [[0, 0, 0, 1, 0, 0], [0, 1, 1, 0, 0, 0], [0, 0, 0, 0, 1, 1]]
+    assert batch.steered("target").long().tolist() == [[0, 0, 1, 1, 0, 0], [0, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1]]
+    assert batch.steered("all").long().tolist() == [[0, 1, 1, 1, 0, 0], [0, 1, 1, 0, 0, 0], [0, 1, 1, 1, 1, 1]]
+
+
+def test_a_model_in_training_mode_is_trained_on_without_dropout(build, tokenizer):
+    model = load_model(build("gpt2"), tokenizer=tokenizer)
+    quiet = train_direction(model, TARGETS, HOOK, steps=3, n_placebos=1)
+    model.hf.train()
+    loud = train_direction(model, TARGETS, HOOK, steps=3, n_placebos=1)
+    assert model.hf.training and torch.equal(quiet.direction.vector, loud.direction.vector)
 
 
 @pytest.mark.parametrize("positions", ["all", "target"])
