@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,6 +21,7 @@ from interp.concepts.scoring import choose, dose_rows, halves, scores, slope_row
 from interp.concepts.writing import Progress, Written, write
 from interp.data.neutral import neutral_texts as bundled
 from interp.model.loading import Model, as_model
+from interp.model.sources import read_source
 from interp.model.tokens import TokenBatch, need_tokenizer
 
 __all__ = ["STRENGTHS", "measure_effects"]
@@ -27,6 +29,7 @@ __all__ = ["STRENGTHS", "measure_effects"]
 Score: TypeAlias = Callable[[list[str]], Any]
 STRENGTHS = (0, 0.05, 0.1, 0.2, 0.3, 0.4)
 FEWEST_SHUFFLED = 5
+FROM_SOURCE = 24  # texts of a source that damage is measured on
 
 
 def measure_effects(
@@ -38,7 +41,7 @@ def measure_effects(
     score: Score | None = None,
     fitting_texts: Sequence[str] | None = None,
     fitting_rows: tuple[Any, ...] | None = None,
-    neutral_texts: Sequence[str] | None = None,
+    neutral_texts: Sequence[str] | str | None = None,
     strengths: Sequence[float | int] = STRENGTHS,
     n_random: int = 20,
     n_shuffled: int = 10,
@@ -57,9 +60,9 @@ def measure_effects(
     as there); and the text that the model writes after each prompt, read anew through the unsteered model by a
     classifier fitted on `labelled` (with `texts`, 0/1 `labels` and perhaps `groups`, or a tuple of them), or by
     `score(texts)`, a probability each. Labelled texts that the direction was fitted on are refused (`fitting_texts`
-    lets single ones be told). Fluency is measured on the same text, damage on `neutral_texts` (bundled: those in which
-    the classifier sees the concept least). MEANINGS defines every quantity, and the three scores that make the
-    harmonic mean.
+    lets single ones be told). Fluency is measured on the same text, damage on `neutral_texts` (texts, or the first 24
+    of a source as `read_source` takes it; bundled: those in which the classifier sees the concept least). MEANINGS
+    defines every quantity, and the three scores that make the harmonic mean.
 
     Nulls of equal norm, at every strength: `n_random` random directions, and `n_shuffled` (0, or 5 at least) fitted to
     shuffled labels of `fitting_rows` (X, y and perhaps groups: rows at the direction's hook point), else of the
@@ -81,7 +84,7 @@ def measure_effects(
     directions = [direction, *random_directions(direction, n_random, seed)]
     directions += _shuffled(direction, rows if fitting_rows is None else fitting_rows, n_shuffled, seed)
     pushes = [(d, s) for d in directions for s in doses]
-    neutral = _neutral(reader, seed) if neutral_texts is None else list(neutral_texts)
+    neutral = _neutral(reader, neutral_texts, seed)
     read = _probabilities(score) if score is not None else reader.read if reader is not None else None
 
     written = write(model, texts, pushes, max_new_tokens=max_new_tokens, positions=positions, progress=progress)
@@ -202,7 +205,7 @@ def _reader(
         return None, "", None
     texts, labels, groups = parts_of(labelled)
     rows = mean_rows(model, texts, direction.hook)
-    separate = refuse_overlap(direction, rows, labels, texts, fitting_texts)
+    separate = refuse_overlap(model, direction, texts, labels, fitting_texts)
     reader = fit_reader(model, rows, labels, hook=direction.hook, groups=groups, seed=seed)
     return reader, separate, (rows, labels, groups)
 
@@ -216,7 +219,11 @@ def _shuffled(direction: Direction, rows: tuple[Any, ...] | None, n: int, seed: 
     return shuffled_directions(direction, X.float(), as_labels(y), n, groups=groups, seed=seed)
 
 
-def _neutral(reader: Reader | None, seed: int) -> list[str]:
+def _neutral(reader: Reader | None, given: Sequence[str] | str | None, seed: int) -> list[str]:
+    if isinstance(given, str):
+        return list(islice(read_source(given), FROM_SOURCE))
+    if given is not None:
+        return list(given)
     if reader is None:
         return bundled(seed=seed)
     return bundled(

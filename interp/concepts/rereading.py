@@ -6,18 +6,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from interp.acts.capture import capture_acts, pool
 from interp.acts.direction import Direction, data_fingerprint
-from interp.acts.resampling import as_groups, as_labels, as_list, auroc, auroc_interval, grouped_folds
+from interp.acts.resampling import Labels, as_groups, as_labels, as_list, auroc, auroc_interval, grouped_folds
+from interp.concepts.labelled import make_examples
 from interp.concepts.probes import Probe, fit_probe
+from interp.concepts.token_choice import token_rows
 from interp.model.loading import Model, as_model
 
 __all__ = ["Reader", "fit_reader", "mean_rows", "refuse_overlap"]
 
 FOLDS = 5
+AT = ("mean", "last")  # where directions of whole texts are read
 C = 0.05  # inverse penalty on standardised rows: a few hundred texts in a few hundred dimensions
 
 
@@ -84,19 +87,19 @@ def mean_rows(model: Any, texts: Sequence[str], hook: str) -> Float[Tensor, "tex
 
 
 def refuse_overlap(
-    direction: Direction,
-    rows: Float[Tensor, "n d"],
-    labels: Int[np.ndarray, " n"],
-    texts: Sequence[str],
-    fitting_texts: Sequence[str] | None = None,
+    model: Any, direction: Direction, texts: Sequence[str], labels: Labels, fitting_texts: Sequence[str] | None = None
 ) -> str:
     """Return in words what was checked, refusing a classifier's texts that the direction was fitted on.
 
-    Compared are the fingerprint of rows and labels with the direction's own, and, where the fitting texts are given,
-    every text (letter case and white space aside). Raises ValueError for an overlap.
+    Compared are the direction's data fingerprint with those of these texts and labels, in this order, at each way to
+    read a text at one position (which tells the whole set alone), and, where the fitting texts are given, every text
+    (letter case and white space aside). Raises ValueError for an overlap.
     """
-    if direction.data and direction.data == data_fingerprint(rows, labels):
-        raise ValueError("these labelled texts are the rows that the direction was fitted on: give others")
+    examples = make_examples(list(texts), labels)
+    rows = token_rows(model, examples, [direction.hook], positions=AT).X.values()
+    marks = {data_fingerprint(X, examples.labels) for X in (*rows, mean_rows(model, texts, direction.hook))}
+    if direction.data in marks:
+        raise ValueError("these labelled texts are the ones that the direction was fitted on: give others")
     if fitting_texts is None:
         known = "as a whole are not what the direction was fitted on" if direction.data else "could not be compared"
         return f"the labelled texts {known}; whether single ones are among them was not checked: no fitting texts given"

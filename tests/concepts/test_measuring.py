@@ -20,11 +20,13 @@ from interp.concepts.dosing import MEANINGS, Beside
 from interp.concepts.effects import effects
 from interp.concepts.finders import direction_from, fit_direction
 from interp.concepts.fluency import distinct2_rows, longest_repeat, nll_rows, zlib_ratio
+from interp.concepts.labelled import make_examples
 from interp.concepts.margins import Contrast, both_orders, margins, read_prompts, slopes
 from interp.concepts.measuring import measure_effects
 from interp.concepts.nulls import random_directions, shuffled_directions
 from interp.concepts.rereading import fit_reader, mean_rows, refuse_overlap
 from interp.concepts.steering import add, steer
+from interp.concepts.token_choice import token_rows
 from interp.data.neutral import neutral_texts
 from interp.model.loading import load_model
 from sae.extras import MissingError
@@ -461,6 +463,14 @@ def test_the_result_is_plain_json_and_effects_is_its_public_name(report, model, 
         report.dose(0.7)
 
 
+def test_neutral_text_comes_from_a_source_too(model, planted, tmp_path):
+    path = tmp_path / "plain.txt"
+    path.write_text("\n\n".join(NEUTRAL))
+    a = measure_effects(model, planted, PROMPTS, **SMALL | {"neutral_texts": f"text:{path}"})
+    b = measure_effects(model, planted, PROMPTS, **SMALL)
+    assert a.n_neutral == len(NEUTRAL) and a.dose(1)["kl"] == b.dose(1)["kl"]
+
+
 def test_progress_is_told_and_ends_at_the_whole(model, planted, labelled):
     seen = []
     measure_effects(model, planted, PROMPTS, labelled=labelled, seed=2, progress=lambda *x: seen.append(x), **SMALL)
@@ -487,14 +497,19 @@ def test_labelled_texts_that_the_direction_was_fitted_on_are_refused(model, labe
     rows = mean_rows(model, texts, HOOK)
     direction = fit_direction(rows, labels, hook=HOOK, model=model)
     assert direction.data == data_fingerprint(rows, np.array(labels))
-    with pytest.raises(ValueError, match="are the rows"):
+    with pytest.raises(ValueError, match="are the ones"):
         measure_effects(model, direction, PROMPTS, labelled=labelled, **SMALL)
+    for position in ("mean", "last"):  # as the command line fits them
+        same = token_rows(model, make_examples(texts, labels), [HOOK], position)
+        direction = fit_direction(next(iter(same.X.values())), same.y, hook=HOOK, model=model)
+        with pytest.raises(ValueError, match="are the ones"):
+            refuse_overlap(model, direction, texts, labels)
     other = fit_direction(rows[:40], labels[:40], hook=HOOK, model=model)
-    assert "was not checked" in refuse_overlap(other, rows, np.array(labels), texts)
+    assert "was not checked" in refuse_overlap(model, other, texts, labels)
     with pytest.raises(ValueError, match="2 of the 60"):
         known = [texts[3].upper() + " ", "  ".join(texts[9].split()), "w1"]
-        refuse_overlap(other, rows, np.array(labels), texts, known)
-    assert "none of the 60" in refuse_overlap(other, rows, np.array(labels), texts, ["w1 w2"])
+        refuse_overlap(model, other, texts, labels, known)
+    assert "none of the 60" in refuse_overlap(model, other, texts, labels, ["w1 w2"])
 
 
 def test_shuffled_directions_are_fitted_to_permuted_labels_in_the_directions_own_way(model, labelled):
