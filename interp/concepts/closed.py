@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -24,13 +26,10 @@ class Columns:
 
     def sums(self, part: Callable[[slice], Tensor]) -> Tensor:
         """Return [set, ...]: the sum of part(rows of a fold) over the folds of each training set."""
-        parts = torch.stack([part(slice(a, b)) for a, b in zip(self.bounds, self.bounds[1:], strict=False)])
+        parts = torch.stack([part(slice(a, b)) for a, b in pairwise(self.bounds)])
         inside = parts.new_ones(len(self.left_out), len(parts))
         for i, out in enumerate(self.left_out):
             inside[i, list(out)] = 0
-        if parts[0].numel() > 2**20 and len(self.left_out) > 1:  # a Gram matrix a fold: subtract, do not multiply
-            total = parts.sum(0)
-            return torch.stack([total - sum(parts[k] for k in out) if out else total for out in self.left_out])
         return torch.tensordot(inside, parts, dims=1)
 
     def counts(self) -> Tensor:
@@ -42,13 +41,30 @@ class Columns:
         times = self.sums(lambda rows: self.Y[:, rows] @ self.F[:, rows])
         return total.transpose(0, 1), times.transpose(0, 1)
 
-    def scatters(self) -> tuple[Tensor, Tensor]:
-        """Return the mean [cell, set, d] and covariance [cell, set, d, d] (divided by n) of each training set."""
-        n = self.counts()[:, None, None]
-        mean = self.sums(lambda rows: self.F[:, rows].sum(1)) / n
-        S = self.sums(lambda rows: self.F[:, rows].mT @ self.F[:, rows]) / n[..., None]
-        S -= mean[..., :, None] * mean[..., None, :]
-        return mean.transpose(0, 1), S.transpose(0, 1)
+    @cached_property
+    def _grams(self) -> list[Tensor]:
+        return [self.F[:, a:b].mT @ self.F[:, a:b] for a, b in pairwise(self.bounds)]
+
+    @cached_property
+    def _total(self) -> Tensor:
+        return torch.stack(self._grams).sum(0) if len(self._grams) > 1 else self._grams[0]
+
+    def scatter(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return mean [cell, d], deviation, and correlation matrix [cell, d, d] of training set i.
+
+        One set at a time: all of them together would be the largest thing in memory by far.
+        """
+        kept = [k for k in range(len(self._grams)) if k not in self.left_out[i]]
+        rows = [self.F[:, self.bounds[k] : self.bounds[k + 1]] for k in kept]
+        n = sum(part.shape[1] for part in rows)
+        mean = torch.stack([part.sum(1) for part in rows]).sum(0) / n
+        S = self._total.clone()
+        for k in self.left_out[i]:
+            S -= self._grams[k]
+        S = S / n - mean[:, :, None] * mean[:, None, :]
+        variance = S.diagonal(dim1=-2, dim2=-1)
+        deviation = torch.where(variance > 1e-6, variance, 1.0).sqrt()  # constant there: no division
+        return mean, deviation, S / (deviation[:, :, None] * deviation[:, None, :])
 
 
 def class_means(data: Columns) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -74,52 +90,56 @@ def lda(data: Columns, C: float = 1.0) -> tuple[Tensor, Tensor]:
     covariance S less a rank-one term, so one factorisation of S serves all columns (Sherman and Morrison).
     """
     high, low, n1, n0 = class_means(data)
-    _, S = data.scatters()
-    variance = S.diagonal(dim1=-2, dim2=-1)
-    scale = torch.where(variance > 1e-6, variance, 1.0).sqrt()
-    S = S / (scale[..., :, None] * scale[..., None, :])
-    difference = (high - low) / scale[:, :, None]
     between = n1 * n0 / (n1 + n0).square()
-    shrinkage, size = _ledoit_wolf(data, S, scale, high, low, difference, between)
-    keep = (1 - shrinkage)[..., None]
-    identity = (shrinkage * size)[..., None]
-    solved = _solve_shifted(S, keep, identity, difference)
-    loss = (keep[..., 0] * between * (difference * solved).sum(-1)).clamp_max(1 - 1e-6)
-    weight = solved / (1 - loss)[..., None] / scale[:, :, None]
+    weights = []
+    for i in range(len(data.left_out)):
+        _, deviation, S = data.scatter(i)
+        difference = (high[:, i] - low[:, i]) / deviation[:, None]
+        shrinkage, size = _ledoit_wolf(data, i, S, deviation, (low[:, i], high[:, i]), difference, between[i])
+        keep = (1 - shrinkage)[..., None]
+        solved = _solve_shifted(S, keep, (shrinkage * size)[..., None], difference)
+        loss = (keep[..., 0] * between[i] * (difference * solved).sum(-1)).clamp_max(1 - 1e-6)
+        weights.append(solved / (1 - loss)[..., None] / deviation[:, None])
+    weight = torch.stack(weights, dim=1)
     return weight, -(weight * (high + low)).sum(-1) / 2 + (n1 / n0).log()
 
 
 def _ledoit_wolf(
-    data: Columns, S: Tensor, scale: Tensor, high: Tensor, low: Tensor, difference: Tensor, between: Tensor
+    data: Columns,
+    i: int,
+    S: Tensor,
+    deviation: Tensor,
+    means: tuple[Tensor, Tensor],
+    difference: Tensor,
+    between: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Return shrinkage and mean variance [cell, set, column] of the within-class covariance."""
-    n, d = data.counts()[:, None], S.shape[-1]
+    """Return shrinkage and mean variance [cell, column] of the within-class covariance of training set i."""
+    n, d = data.counts()[i], S.shape[-1]
     length = difference.square().sum(-1)
-    trace = S.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None] - between * length
+    trace = S.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None] - between * length
     squared = (
-        S.square().sum((-2, -1))[..., None]
+        S.square().sum((-2, -1))[:, None]
         - 2 * between * ((difference @ S) * difference).sum(-1)
         + between.square() * length.square()
     )
-    fourth = torch.stack([_fourth_powers(data, i, scale, high, low) for i in range(S.shape[1])], dim=1)
+    fourth = _fourth_powers(data, i, deviation, means)
     size = trace / d
     delta = (squared - 2 * size * trace + d * size.square()) / d
     beta = torch.minimum((fourth / n - squared) / (d * n), delta).clamp_min(0)
     return torch.where(delta > 0, beta / delta.clamp_min(1e-30), 0.0).clamp(1e-6, 1), size
 
 
-def _fourth_powers(data: Columns, i: int, scale: Tensor, high: Tensor, low: Tensor) -> Tensor:
+def _fourth_powers(data: Columns, i: int, deviation: Tensor, means: tuple[Tensor, Tensor]) -> Tensor:
     """Return the sum over one training set's rows of |row - its class mean|^4, standardised: [cell, column]."""
-    out = data.left_out[i]
     keep = torch.ones_like(data.F[0, :, 0])
-    for k in out:
+    for k in data.left_out[i]:
         keep[data.bounds[k] : data.bounds[k + 1]] = 0
-    metric = scale[:, i, None].square().reciprocal()
+    metric = deviation[:, None].square().reciprocal()
     lengths = (data.F.square() @ metric.mT).mT
     squares = []
-    for means in (low[:, i], high[:, i]):
-        cross = (means * metric) @ data.F.mT
-        squares.append(lengths - 2 * cross + (means.square() * metric).sum(-1, keepdim=True))
+    for mean in means:
+        cross = (mean * metric) @ data.F.mT
+        squares.append(lengths - 2 * cross + (mean.square() * metric).sum(-1, keepdim=True))
     return (torch.lerp(squares[0], squares[1], data.Y).square() * keep).sum(-1)
 
 
@@ -128,8 +148,8 @@ def _solve_shifted(S: Tensor, keep: Tensor, identity: Tensor, right: Tensor) -> 
     refinement to a relative residual of 1e-6. Raises RuntimeError where it does not get there.
     """
     S, keep, identity, wanted = (x.double() for x in (S, keep, identity, right))  # float32 residuals stop at 1e-3
-    matrix = keep.mean(2, keepdim=True) * S
-    matrix.diagonal(dim1=-2, dim2=-1).add_(identity.mean(2))
+    matrix = keep.mean(1, keepdim=True) * S
+    matrix.diagonal(dim1=-2, dim2=-1).add_(identity.mean(1))
     factor = torch.linalg.cholesky(matrix)
     solved = torch.zeros_like(wanted)
     residual = wanted
@@ -146,19 +166,20 @@ def ridge(data: Columns, C: float = 1.0) -> tuple[Tensor, Tensor]:
 
     For labels the targets are -1 and 1, for other columns themselves.
     """
-    n = data.counts()[:, None]
+    n = data.counts()
     _, times = data.moments()
-    mean, S = data.scatters()
-    level = data.sums(lambda rows: data.Y[:, rows].sum(1)) / n
-    variance = S.diagonal(dim1=-2, dim2=-1)
-    scale = torch.where(variance > 1e-6, variance, 1.0).sqrt()
-    right = (times - n[..., None] * mean[:, :, None] * level[..., None]) / scale[:, :, None]
-    matrix = n[..., None] * S / (scale[..., :, None] * scale[..., None, :])
-    matrix.diagonal(dim1=-2, dim2=-1).add_(1 / C)
+    level = data.sums(lambda rows: data.Y[:, rows].sum(1)) / n[:, None]
     labels = bool(((data.Y == 0) | (data.Y == 1)).all())
-    solved = torch.cholesky_solve(right.mT.double(), torch.linalg.cholesky(matrix.double())).mT.to(right.dtype)
-    weight = (2 if labels else 1) * solved / scale[:, :, None]
-    return weight, (2 * level - 1 if labels else level) - (weight * mean[:, :, None]).sum(-1)
+    weights, biases = [], []
+    for i in range(len(data.left_out)):
+        mean, deviation, S = data.scatter(i)
+        right = (times[:, i] - n[i] * mean[:, None] * level[i][:, None]) / deviation[:, None]
+        matrix = n[i] * S.double()
+        matrix.diagonal(dim1=-2, dim2=-1).add_(1 / C)
+        solved = torch.cholesky_solve(right.mT.double(), torch.linalg.cholesky(matrix)).mT.to(right.dtype)
+        weights.append((2 if labels else 1) * solved / deviation[:, None])
+        biases.append((2 * level[i] - 1 if labels else level[i]) - (weights[i] * mean[:, None]).sum(-1))
+    return torch.stack(weights, dim=1), torch.stack(biases, dim=1)
 
 
 CLOSED: dict[str, Callable[[Columns, float], tuple[Tensor, Tensor]]] = {

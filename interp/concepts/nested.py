@@ -88,7 +88,8 @@ def score_block(
     pairs = np.stack([_pairs(labels[:, a:b]) for a, b in pairwise(bounds)])
     for k in range(n_folds):
         weights[k] = pairs.sum(0) - pairs[k]
-    for some in chunks(cells, len(sets) * n_columns):
+    square = any(method in ("lda", "ridge") for method, _ in candidates)
+    for some in chunks(cells, len(sets) * n_columns, square):
         batch = [cells[i] for i in some]
         for j, candidate in enumerate(candidates):
             W, b = fit_columns(batch, Y, numbers, sets, candidate)
@@ -278,14 +279,14 @@ def _take(cell: Cell, order: np.ndarray) -> Cell:
     return Cell(F=cell.F[torch.from_numpy(order)], mean=cell.mean, deviation=cell.deviation)
 
 
-def chunks(cells: Sequence[Cell], n_lines: int) -> list[list[int]]:
-    """Return indices of cells of equal width, as many together as a batch holds."""
+def chunks(cells: Sequence[Cell], n_lines: int, square: bool = False) -> list[list[int]]:
+    """Return indices of cells of equal width, as many together as a batch holds; square: with a matrix a fold."""
     by_width: dict[int, list[int]] = {}
     for i, cell in enumerate(cells):
         by_width.setdefault(cell.F.shape[1], []).append(i)
     found = []
     for d, members in by_width.items():
-        each = d * (n_lines + cells[members[0]].F.shape[0])
+        each = d * (n_lines + cells[members[0]].F.shape[0] + (16 * d if square else 0))
         size = max(1, CHUNK // each)
         found += [members[i : i + size] for i in range(0, len(members), size)]
     return found

@@ -133,7 +133,7 @@ def _judge(cells: list[Cell], y: np.ndarray, folds: np.ndarray, candidates: Sequ
     sizes = np.diff(bounds) / len(folds)
     inner = np.zeros((len(candidates), len(cells), n_folds, n_columns))
     outer = np.zeros((3, len(candidates), len(cells), n_folds, n_columns))  # Spearman, squared error, squared distance
-    for some in chunks(cells, len(sets) * n_columns):
+    for some in chunks(cells, len(sets) * n_columns, square=True):
         batch = [cells[i] for i in some]
         for j, candidate in enumerate(candidates):
             W, b = fit_columns(batch, torch.from_numpy(y), torch.from_numpy(folds), sets, candidate)
