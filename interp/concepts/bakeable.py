@@ -43,7 +43,7 @@ def refuse_operation(model: Model, operation: Operation) -> None:
     elif operation.options.get("side", "both") != "both":
         why = "one-sided ablation is not linear"
     elif operation.kind == "ablate" and list(operation.strengths) != [1.0]:
-        why = f"its strength is {operation.strengths[0]}; at every site in turn only a whole ablation is the same"
+        why = f"its strength is {min(operation.strengths)}; at every site in turn only a whole ablation is the same"
     elif operation.kind == "ablate":
         missing = _uncovered(model, {p.name for p in operation.points(model)})
         if missing:
