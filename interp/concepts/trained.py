@@ -25,7 +25,8 @@ class TrainedDirection:
     """A trained direction, and its loss on texts that it never saw beside that of random ones of equal length.
 
     Losses are nats a target token ("lm", "reft") or nats a pair ("preference": log 2 without a direction).
-    `before` is the model's own, `after` with the direction, `placebos` with random directions.
+    `before` is the model's own, `after` with the direction, `placebos` with random directions. On texts that surprise
+    the model any noise lowers the loss, since it makes wrong guesses less sure: read `gain` beside `null_gains`.
     """
 
     direction: Direction  # its scale is the length trained
