@@ -5,8 +5,8 @@
 On the bundled `tiny`. A prompt makes the model say a word again ("The song was about the dog. The song was about the"
 -> "dog"). The offset of a relation is the mean residual of the answer words (dogs, ...) minus that of the query words
 (dog, ...), each word alone, over half of the pairs. It is added at the hook point that it was read at, or, where it was
-read at the embedding, at any later one. Where, at which tokens and how strongly is chosen on these pairs; the other
-half of the pairs is steered so.
+read at the embedding, at any later one. Where, at which tokens and how strongly (the weakest of the best) is chosen on
+these pairs; the other half of the pairs is steered so.
 """
 
 import json
@@ -107,7 +107,7 @@ def study(model: Any, relation: str, pairs: Sequence[tuple[str, str]]) -> dict[s
         for i, s in enumerate(STRENGTHS):
             cell = {"read": read, "hook": hook, "positions": positions, "strength": s}
             grid.append(cell | {name: round(float(found[name][i].mean()), 4) for name in ("right", "margin")})
-    best = max(grid, key=lambda c: (c["right"], c["margin"]))
+    best = max(grid, key=lambda c: (c["right"], -c["strength"], c["margin"]))
     return {"n_fitted": len(fitted), "n_tried": len(tried), "chosen": best, "grid": grid} | at_best(
         model, relation, fitted, tried, best
     )
@@ -118,7 +118,7 @@ def at_best(model: Any, relation: str, fitted: Sequence, tried: Sequence, best: 
     rng = np.random.default_rng(SEED + 1)
     read, hook, strength = best["read"], best["hook"], best["strength"]
     direction = offset(model, fitted, read, hook)
-    flips = [rng.permutation(np.arange(len(fitted)) % 2 * 2.0 - 1) for _ in range(N_NULL)]
+    flips = [rng.choice([-1.0, 1.0], len(fitted)) for _ in range(N_NULL)]
     flipped = [offset(model, fitted, read, hook, f) for f in flips]
     directions = [direction, *random_directions(direction, N_NULL, SEED), *flipped]
     pushes = [(direction, 0.0), *((d, strength) for d in directions)]

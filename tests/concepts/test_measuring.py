@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from interp.acts.direction import data_fingerprint
 from interp.concepts import measuring, scoring, writing
 from interp.concepts.damage import damages
-from interp.concepts.dosing import MEANINGS, Beside
+from interp.concepts.dosing import MEANINGS, Beside, DoseRow
 from interp.concepts.effects import effects
 from interp.concepts.finders import direction_from, fit_direction
 from interp.concepts.fluency import distinct2_rows, longest_repeat, nll_rows, zlib_ratio
@@ -325,6 +325,27 @@ def test_a_value_is_ranked_among_its_nulls():
 def test_the_smaller_of_equal_strengths_is_chosen_and_none_of_zeros():
     assert scoring.choose([-0.5, 0.0, 0.25, 1.0], np.array([0.4, 0.0, 0.4, 0.1])) == 0.25
     assert scoring.choose([0.0, 0.5], np.zeros(2)) is None
+
+
+def row_of(value, low, high, random, shuffled):
+    gain = Beside(value=value, interval=(low, high), random=random, shuffled=shuffled)
+    return DoseRow(strength=0.3, measures={"gain": gain, "kl": Beside(value=0.02)}, chosen_on=0.5)
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "random", "shuffled", "says"),
+    [
+        (0.4, 0.1, (0.0,) * 20, (0.3,) * 5, "Use 0.3"),
+        (0.4, 0.1, (0.0,) * 20, (), "Use 0.3"),
+        (0.4, 0.0, (0.0,) * 20, (0.3,) * 5, "the interval reaches 0"),
+        (0.4, 0.1, (0.4, *(0.0,) * 19), (0.3,) * 5, "1 of 20 random directions gain as much"),
+        (0.4, 0.1, (0.0,) * 20, (0.5, 0.4, 0.1), "2 of 3 label-shuffled directions gain as much"),
+    ],
+)  # fmt: skip
+def test_every_condition_of_a_recommendation_is_needed(value, low, random, shuffled, says):
+    found, reason = scoring.verdict(row_of(value, low, 0.6, random, shuffled), 0.05, 0.1)
+    assert says in reason and (found == 0.3) == says.startswith("Use")
+    assert found is not None or reason.startswith("No usable strength")
 
 
 # the whole
