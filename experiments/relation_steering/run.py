@@ -74,7 +74,7 @@ def offset(
 ) -> Direction:
     """Return the mean of answer - query over the pairs, read at one hook point, as a direction of another.
 
-    With flips (+1, -1 a pair) some pairs go the other way round.
+    With flips (+1, -1 or 0 a pair) some pairs go the other way round, or are left out.
     """
     a, b = (word_rows(model, words, read) for words in zip(*pairs, strict=True))
     signs = torch.ones(len(pairs)) if flips is None else torch.from_numpy(flips)
@@ -118,7 +118,10 @@ def at_best(model: Any, relation: str, fitted: Sequence, tried: Sequence, best: 
     rng = np.random.default_rng(SEED + 1)
     read, hook, strength = best["read"], best["hook"], best["strength"]
     direction = offset(model, fitted, read, hook)
-    flips = [rng.choice([-1.0, 1.0], len(fitted)) for _ in range(N_NULL)]
+    # exactly half of the pairs turned round (one of an odd number left out): the least surplus one way, brought to the
+    # offset's norm, is the offset again
+    half = len(fitted) // 2
+    flips = [rng.permutation([1.0] * half + [-1.0] * half + [0.0] * (len(fitted) % 2)) for _ in range(N_NULL)]
     flipped = [offset(model, fitted, read, hook, f) for f in flips]
     directions = [direction, *random_directions(direction, N_NULL, SEED), *flipped]
     pushes = [(direction, 0.0), *((d, strength) for d in directions)]
