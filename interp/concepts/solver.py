@@ -17,7 +17,8 @@ __all__ = ["ConvergenceError", "LogisticFits", "fit_logistic", "training_sets"]
 
 STALLED = 12  # steps without a new best decrement: float32 is exhausted
 SLOW = 0.5  # a step that shrinks the decrement by less asks for the Hessian where the weights are now,
-WAIT = 4  # this many steps after the last at the soonest: a Hessian costs as much as ten steps
+SHARED = 4  # rows a coordinate from which the Hessian of all rows serves every training set
+WAIT = 4  # this many steps after the first at the soonest, then twice as many each time: one costs ten steps
 
 
 class ConvergenceError(RuntimeError):
@@ -56,10 +57,10 @@ def fit_logistic(
     """Return the optimum for each training set (all folds but those left out) and each column of 0/1 labels.
 
     Preconditioned nonlinear conjugate gradients: the Hessian p(1 - p) of the rows, at first bounded by 1/4 (Boehning
-    1988) and computed anew where the weights have moved so far that it misleads, is factorised once for each set (as a
-    matrix of the rows where these are fewer than d); a step costs two products with the rows. A fit has converged when
-    the Newton decrement sqrt(g' H^-1 g) is tol times that at w = 0. Where dtype float32 cannot reach it, the steps go
-    on in float64. Runs on the device of X.
+    1988) and computed anew where the weights have moved so far that it misleads, is factorised: once for all sets where
+    rows are many, else for each (as a matrix of the rows where these are fewer than d); a step costs two products with
+    the rows. A fit has converged when the Newton decrement sqrt(g' H^-1 g), corrected by the curvature met on the way,
+    is tol times that at w = 0. Where dtype float32 cannot reach it, the steps go on in float64. X's device is used.
     Raises ValueError where a training set holds one class only or an argument makes no sense, ConvergenceError.
     """
     if not C > 0:
@@ -174,25 +175,29 @@ class _Descent:
         L = _times(W, self.F.T)
         G = self._gradient(W, self._residual(L))
         Z = solve(G)
-        P = -Z
+        P, MP = -Z, -G  # MP: the factorised Hessian times P
+        trust = torch.ones_like(first)  # least seen of p'Hp over p'Mp: M above H makes the decrement look small
         reached = best = float((self._decrement(G, Z) / first).max())
         since = waited = 0
         slow = False
         patience = STALLED if self.F.dtype == torch.float32 else max_steps
         while reached > tol and self.steps < max_steps and since < patience:
-            W, L, R = self._line_search(W, L, P, G)
+            W, L, R, curve = self._line_search(W, L, P, G)
+            trust = torch.minimum(trust, curve / (P * MP).sum(2).clamp_min(self.tiny))
             old, G = G, self._gradient(W, R)
             waited += 1
-            fresh = waited >= WAIT and reached > tol * SLOW**WAIT and slow
+            fresh = waited >= WAIT * 2 ** (self.grams - 1) and reached > tol * SLOW**WAIT and slow
             if fresh:
                 solve, waited = self._preconditioner(R), 0
+                trust = torch.ones_like(first)
             previous, Z = Z, solve(G)
             beta = ((G - old) * Z).sum(2) / (old * previous).sum(2).clamp_min(self.tiny)
             beta = torch.zeros_like(beta) if fresh else beta.clamp(0, 10)  # Polak-Ribiere, never negative
             P = beta[:, :, None] * P - Z
             uphill = (P * G).sum(2, keepdim=True) >= 0
-            P = torch.where(uphill, -Z, P)
-            before, reached = reached, float((self._decrement(G, Z) / first).max())
+            P, MP = torch.where(uphill, -Z, P), torch.where(uphill, -G, beta[:, :, None] * MP - G)
+            before = reached
+            reached = float((self._decrement(G, Z) / first / trust.clamp_min(1e-12).sqrt()).max())
             slow = reached > SLOW * before
             since = 0 if reached < best else since + 1
             best = min(best, reached)
@@ -213,12 +218,15 @@ class _Descent:
     def _decrement(G: Tensor, Z: Tensor) -> Tensor:
         return (G * Z).sum(2).clamp_min(0).sqrt()
 
-    def _line_search(self, W: Tensor, L: Tensor, P: Tensor, G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Go to where the slope along P is a tenth of what it was: cheap, since the logits are linear in the step."""
+    def _line_search(self, W: Tensor, L: Tensor, P: Tensor, G: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Go to where the slope along P is a tenth of what it was: cheap, since the logits are linear in the step.
+
+        Returns weights, logits and residuals there, and the curvature along P at the start.
+        """
         U = _times(P, self.F.T)
         here = (G * P).sum(2)
         linear, square = (self.penalty * W * P).sum(2), (self.penalty * P * P).sum(2)
-        curve = square + self.C * (self._curvature(self._residual(L)) * U * U).sum(2)
+        curve = start = square + self.C * (self._curvature(self._residual(L)) * U * U).sum(2)
         step = -here / curve.clamp_min(self.tiny)
         low, high = torch.zeros_like(step), torch.full_like(step, float("inf"))
         moved, R = L, L
@@ -233,7 +241,7 @@ class _Descent:
             newton = step - slope / curve.clamp_min(self.tiny)
             inside = (newton > low) & (newton < high)
             step = torch.where(inside, newton, torch.where(high.isinf(), 2 * low, (low + high) / 2))
-        return torch.addcmul(W, P, step[:, :, None]), moved, R
+        return torch.addcmul(W, P, step[:, :, None]), moved, R, start
 
     def _preconditioner(self, R: Tensor | None) -> Callable[[Tensor], Tensor]:
         """Return the solution with the Hessian whose p(1 - p) is the mean over the sets and columns (None: 1/4)."""
@@ -246,6 +254,10 @@ class _Descent:
 
     def _by_columns(self, weights: Tensor) -> Callable[[Tensor], Tensor]:
         scaled = self.F * weights[:, None].sqrt()
+        if len(self.F) >= SHARED * self.F.shape[1]:
+            H = _gram(scaled).mul_(self.C * float(self.keep.mean()))
+            inverse = torch.cholesky_inverse(_factor(H, self.penalty.mean(0)[0]))
+            return lambda G: G @ inverse
         parts = [_gram(scaled[a:b]) for a, b in pairwise(self.rows.bounds)]
         total = torch.stack(parts).sum(0)
         inverses = torch.empty(len(self.keep), *total.shape, dtype=total.dtype, device=total.device)

@@ -72,15 +72,22 @@ def test_a_coordinate_that_is_constant_in_the_training_rows_gets_no_weight():
     X, y = rows(90, 5, 2.0, seed=4)
     X[:, 2] = 7.0
     X[:, 3] = np.where(np.arange(90) % 3 == 0, X[:, 3], -1.0)  # constant but in fold 0
-    fits = fit_logistic(torch.tensor(X), torch.tensor(y)[:, None], torch.arange(90) % 3, [(0,), (1,)])
+    fits = fit_logistic(torch.tensor(X), torch.tensor(y)[:, None], torch.arange(90) % 3, [(0,), (1,)], tol=1e-7)
     assert fits.weight[:, 2].abs().max() < 1e-9
-    assert abs(float(fits.weight[0, 3, 0])) * X[:, 3].std() < 1e-5 < abs(float(fits.weight[1, 3, 0])) * X[:, 3].std()
+    assert abs(float(fits.weight[0, 3, 0])) < 1e-3 * abs(float(fits.weight[1, 3, 0]))
 
 
 def test_a_fit_that_is_stopped_early_is_an_error():
     X, y = rows(200, 30, 3.0, seed=5)
     with pytest.raises(ConvergenceError, match="smaller C"):
         fit_logistic(torch.tensor(X), torch.tensor(y)[:, None], max_steps=2)
+
+
+def test_a_bound_on_the_hessian_far_above_it_does_not_pass_for_convergence():
+    X, y = rows(400, 40, 20.0, seed=12)  # separable, hardly penalised: p(1 - p) is far below 1/4
+    fits = fit_logistic(torch.tensor(X), torch.tensor(y)[:, None], C=1e4)
+    weight, _ = scikit_learn(X, y, 1e4)
+    assert cosine(weight * X.std(0), fits.weight[0, :, 0].numpy() * X.std(0)) > 0.999
 
 
 def test_where_float32_is_exhausted_the_steps_go_on_in_float64():
