@@ -33,6 +33,8 @@ def shuffled_directions(
 
     The method is the direction's own where METHODS has it (others: mean difference). Labels are shuffled as
     `permute_labels` does: within groups that hold both classes, between whole groups otherwise.
+    Brought to the direction's norm, they keep whatever surplus of the true labels a shuffle leaves, and lie where the
+    data varies: a stricter null than random directions.
     """
     fit = METHODS.get(direction.method, mean_difference)
     rng = np.random.default_rng([seed, 1])
