@@ -292,8 +292,8 @@ def _gram(A: Tensor) -> Tensor:
     G = A.new_empty(A.shape[1], A.shape[1])
     edges = [i * A.shape[1] // 3 for i in range(4)]
     for a, b in pairwise(edges):
-        G[a:b, a:] = A[:, a:b].T @ A[:, a:]
-        G[a:, a:b] = G[a:b, a:].T
+        block = A[:, a:b].T @ A[:, a:]
+        G[a:b, a:], G[a:, a:b] = block, block.T
     return G
 
 

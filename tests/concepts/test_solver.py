@@ -33,7 +33,14 @@ def cosine(a, b):
 
 @pytest.mark.parametrize(
     ("n", "d", "effect", "C"),
-    [(300, 20, 0.0, 1.0), (300, 20, 3.0, 1.0), (300, 20, 3.0, 100.0), (60, 90, 1.0, 1.0), (60, 90, 1.0, 0.01)],
+    [
+        (40, 1, 1.0, 1.0),
+        (300, 20, 0.0, 1.0),
+        (300, 20, 3.0, 1.0),
+        (300, 20, 3.0, 100.0),
+        (60, 90, 1.0, 1.0),
+        (60, 90, 1.0, 0.01),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_every_fold_and_column_is_converged_scikit_learns_fit(n, d, effect, C, dtype):
