@@ -110,7 +110,6 @@ class Gate:
         self.condition = condition
         self.fires: Bool[Tensor, "b _"] | None = None  # [b, 1], or [b, q] where each token decides
         self._generation: int | None = None
-        self._seen = 0  # columns of the prompt that the running score has taken in
         self._best: Tensor | None = None  # highest score, sum and count of a row's ordinary tokens so far
         self._sum: Tensor | None = None
         self._count: Tensor | None = None
@@ -158,14 +157,13 @@ class Gate:
     def _follow(self, value: Tensor, clock: Clock, width: int) -> None:
         """Take in what a pass of generate shows of the prompt, and decide once it has been seen whole."""
         if clock.generation != self._generation:
-            self._generation, self._seen, self.fires = clock.generation, 0, None
+            self._generation, self.fires = clock.generation, None
             self._forget()
-        first, stop = max(self._seen, clock.past), min(clock.end, width)
-        if self.fires is not None or stop <= first:
+        stop = min(clock.end, width)
+        if self.fires is not None or stop <= clock.past:
             return
-        part = slice(first - clock.past, stop - clock.past)
+        part = slice(stop - clock.past)
         score = self._score(value[:, part])
-        self._seen = stop
         if self.condition.read != "last":
             self._take(score, (clock.mask & ~clock.special)[:, part])
         if stop == width:

@@ -174,6 +174,8 @@ def test_a_low_rank_map_and_loreft_are_their_formulas(llama, plain):
     new = stream(llama, low_rank(A, B, HOOK, b, [1.0, 0.0, -0.5]))
     moved = (plain @ A.double().numpy() + b.double().numpy()) @ B.double().numpy()
     assert near(new, plain + np.array([1.0, 0.0, -0.5])[:, None, None] * moved) and np.array_equal(new[1], plain[1])
+    overflowing = stream(llama, low_rank(1e30 * A, 1e30 * B, HOOK, strength=[0.0, 0.0, 1.0]))
+    assert np.array_equal(overflowing[:2], plain[:2]) and not np.isfinite(overflowing[2]).all()
     R, W = torch.linalg.qr(torch.randn(32, 2, generator=draw)).Q.t().contiguous(), torch.randn(2, 32, generator=draw)
     r, w = R.double().numpy(), W.double().numpy()
     assert near(stream(llama, loreft(R, W, b, HOOK)), plain + (plain @ w.T + b.double().numpy() - plain @ r.T) @ r)
@@ -229,18 +231,15 @@ def test_latents_read_through_a_layer_norm_are_written_in_the_tokens_own_scale(l
 
 @pytest.mark.parametrize("arch", ["topk", "jumprelu", "gated"])
 def test_an_sae_that_is_still_being_trained_is_edited_in_the_units_of_the_data(llama, plain, arch):
-    sae = planted_sae(arch)
-    affine = (
-        Affine(torch.full((32,), 0.5), torch.tensor(2.0))
-        if arch != "gated"
-        else Affine(torch.zeros(32), torch.tensor(4.0))
-    )
+    sae, pairs = planted_sae(arch), {3: 2.0, 9: 1.0}
+    shift = torch.full((32,), 0.0 if arch == "gated" else 0.5)
+    affine = Affine(shift, 2.0 ** (torch.arange(32) % 3))
     sae.start(affine, affine, torch.zeros(32))
-    expected, size = edited(sae, plain, {3: 2.0, 9: 1.0}, "set")
-    sae.fold()
-    folded, _ = edited(sae, plain, {3: 2.0, 9: 1.0}, "set")
-    assert size > 0.1 and near(expected, folded)
-    assert near(stream(llama, latents(sae, {3: 2.0, 9: 1.0}, HOOK)), expected)
+    assert not torch.equal(sae.W_dec, sae.dec)
+    for turn in (sae.eval, sae.fold):
+        turn()
+        expected, size = edited(sae, plain, pairs, "set")
+        assert size > 0.1 and near(stream(llama, latents(sae, pairs, HOOK)), expected)
 
 
 def test_no_latent_no_change_and_unconcerned_decoder_rows_are_not_read(llama, plain):
@@ -288,10 +287,16 @@ def test_operations_at_many_hook_points_use_the_unit_of_each(llama):
     ]
     assert near(with_globs, stream(llama, *[add(one, 0.3) for one in by_hand], hook="resid_post.2"))
     assert abs(norms[0] / norms[1] - 1) > 0.1
-    with steer(llama, add(d, 2.0)):  # the unit is the unsteered model's, inside another context too
-        inner = stream(llama, add(direction(llama, hook="blocks.0.hook_resid_post"), 0.3, hooks="resid_post.1"))
-    outer = stream(llama, add(d, 2.0), add(d, 0.3))
-    assert near(inner, outer)
+
+
+def test_the_unit_is_the_unsteered_models_inside_another_context_too(build):
+    from interp.model.loading import load_model
+
+    model = load_model(build("llama", seed=17))  # of which nothing has been measured
+    d = direction(model, hook="blocks.0.hook_resid_post")
+    with steer(model, add(d, 3.0)):
+        inner = stream(model, add(d, 0.3, hooks="resid_post.1"))
+    assert near(inner, stream(model, add(d, 3.0), add(direction(model), 0.3)))
 
 
 def test_a_plan_is_operations_in_any_nesting(llama):

@@ -11,7 +11,7 @@ from interp.concepts.steering import generate_ids, steer
 from interp.model.hooks import editing
 
 HOOK = "resid_post.1"
-PROMPTS = torch.tensor([[0, 0, 1, 5, 9, 33], [1, 17, 60, 90, 12, 4]])
+PROMPTS = torch.tensor([[7, 7, 1, 5, 9, 33], [1, 17, 60, 90, 12, 4]])
 MASK = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
 GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
 EVERY = [

@@ -66,35 +66,35 @@ def write(model, prompts, n=10, **options):
 
 
 @pytest.mark.parametrize("positions", sorted(POSITIONS))
-def test_generation_equals_one_whole_forward_a_token_with_the_vector_added_by_hand(model, positions):
-    d = direction(model)
+def test_generation_equals_one_whole_forward_a_token_with_the_vector_added_by_hand(llama, positions):
+    d = direction(llama)
     for prompt in (PROMPTS[1], [6]):
-        with steer(model.hf, add(d, STRENGTH, positions)):
-            got = write(model, [prompt])[0]
-        assert got == padded(slow_generate(model, prompt, STRENGTH * d.norm * d.vector, positions, 10))
+        with steer(llama.hf, add(d, STRENGTH, positions)):
+            got = write(llama, [prompt])[0]
+        assert got == padded(slow_generate(llama, prompt, STRENGTH * d.norm * d.vector, positions, 10))
 
 
 @pytest.mark.parametrize("positions", sorted(POSITIONS))
-def test_cached_and_uncached_generation_are_steered_alike(model, positions):
-    operation = add(direction(model), STRENGTH, positions)
-    assert cached_equals_uncached(model, operation, PROMPTS, 12)
-    assert cached_equals_uncached(model, operation, [[5], [1, 7]], 6)
-    with steer(model, operation):
-        steered = write(model, PROMPTS, 12)
-    assert steered != write(model, PROMPTS, 12), "steering that changes no token proves nothing"
+def test_cached_and_uncached_generation_are_steered_alike(llama, positions):
+    operation = add(direction(llama), STRENGTH, positions)
+    assert cached_equals_uncached(llama, operation, PROMPTS, 12)
+    assert cached_equals_uncached(llama, operation, [[5], [1, 7]], 6)
+    with steer(llama, operation):
+        steered = write(llama, PROMPTS, 12)
+    assert steered != write(llama, PROMPTS, 12), "steering that changes no token proves nothing"
     assert sum(len(set(row)) > 1 for row in steered) >= 2 and len({t for row in steered for t in row}) > 7
 
 
 @pytest.mark.parametrize("positions", sorted(POSITIONS))
-def test_a_left_padded_batch_with_a_strength_a_row_gives_the_single_prompts_tokens(model, positions):
-    d, strengths = direction(model), [0.0, STRENGTH, -1.2]
+def test_a_left_padded_batch_with_a_strength_a_row_gives_the_single_prompts_tokens(llama, positions):
+    d, strengths = direction(llama), [0.0, STRENGTH, -1.2]
     alone = []
     for prompt, strength in zip(PROMPTS, strengths, strict=True):
-        with steer(model, add(d, strength, positions)):
-            alone += write(model, [prompt])
-    with steer(model, add(d, strengths, positions)):
-        assert write(model, PROMPTS) == alone
-        assert write(model, PROMPTS, prefill_chunk_size=3) == alone
+        with steer(llama, add(d, strength, positions)):
+            alone += write(llama, [prompt])
+    with steer(llama, add(d, strengths, positions)):
+        assert write(llama, PROMPTS) == alone
+        assert write(llama, PROMPTS, prefill_chunk_size=3) == alone
     assert len({tuple(row) for row in alone}) == 3
 
 
@@ -105,15 +105,15 @@ def test_a_static_cache_is_steered_as_a_growing_one(llama, positions):
 
 
 @pytest.mark.parametrize("positions", ["all", "from_last_prompt_token"])
-def test_beams_and_returned_sequences_follow_their_prompts_strength(model, positions):
-    d, strengths = direction(model), [STRENGTH, -1.2]
+def test_beams_and_returned_sequences_follow_their_prompts_strength(llama, positions):
+    d, strengths = direction(llama), [STRENGTH, -1.2]
     options = {"num_beams": 3, "num_return_sequences": 2}
-    with steer(model, add(d, strengths, positions)):
-        together = write(model, PROMPTS[:2], 6, **options)
+    with steer(llama, add(d, strengths, positions)):
+        together = write(llama, PROMPTS[:2], 6, **options)
     assert len(together) == 4
     for i, (prompt, strength) in enumerate(zip(PROMPTS, strengths, strict=False)):
-        with steer(model, add(d, strength, positions)):
-            assert together[2 * i : 2 * i + 2] == write(model, [prompt], 6, **options)
+        with steer(llama, add(d, strength, positions)):
+            assert together[2 * i : 2 * i + 2] == write(llama, [prompt], 6, **options)
 
 
 def test_sampled_sequences_of_a_prompt_share_its_strength(llama):
@@ -127,15 +127,15 @@ def test_sampled_sequences_of_a_prompt_share_its_strength(llama):
     assert len({row[0] for row in plain}) > 4
 
 
-def test_padded_logits_equal_single_ones_at_every_real_column(model):
-    d, strengths = direction(model), [0.5, -0.5, 1.0]
+def test_padded_logits_equal_single_ones_at_every_real_column(llama):
+    d, strengths = direction(llama), [0.5, -0.5, 1.0]
     for side in ("left", "right"):
-        batch = pad_rows(PROMPTS, side=side, special_ids=model.special_ids)
-        with steer(model, add(d, strengths)):
-            together = model.logits(batch.ids, batch.mask)
+        batch = pad_rows(PROMPTS, side=side, special_ids=llama.special_ids)
+        with steer(llama, add(d, strengths)):
+            together = llama.logits(batch.ids, batch.mask)
         for i, (prompt, strength) in enumerate(zip(PROMPTS, strengths, strict=True)):
-            with steer(model, add(d, strength)):
-                alone = logits(model, prompt)[0]
+            with steer(llama, add(d, strength)):
+                alone = logits(llama, prompt)[0]
             assert torch.allclose(together[i][batch.mask[i]], alone, atol=1e-5 * float(alone.abs().max()))
 
 

@@ -18,7 +18,8 @@ HOOK = "resid_post.1"
 
 
 def direction(model, hook=HOOK, seed=0, norm=None):
-    return Direction(        vector=placebo_directions(32, 1, seed)[0], hook=model.hook_point(hook).name, method="", scale=1.0,
+    return Direction(
+        vector=placebo_directions(32, 1, seed)[0], hook=model.hook_point(hook).name, method="", scale=1.0,
         norm=norm or residual_norm(model, hook), model=model.fingerprint,
     )  # fmt: skip
 
