@@ -8,8 +8,6 @@ import typer
 from interp.cli.commands import app
 from interp.cli.common import USAGE, Device, Json, ModelArg, Quiet, Seed, emit, lines, say, table_lines
 
-NEUTRAL_TEXTS = 64  # of a source, at most
-
 Data = Annotated[Path | None, typer.Option(help="labelled texts: csv, jsonl or parquet with text,label[,group]")]
 Pairs = Annotated[Path | None, typer.Option(help="contrast pairs: a file with positive,negative")]
 Positive = Annotated[str | None, typer.Option("--label", help="the label that counts as positive, of several")]
@@ -174,7 +172,7 @@ def effects(
     ] = None,
     label: Positive = None,
     fitted_on: Annotated[Path | None, typer.Option(help="the direction's own texts, to refuse any that recur")] = None,
-    neutral: Annotated[str | None, typer.Option(help="text:FILE or jsonl:FILE to measure damage on")] = None,
+    neutral: Annotated[str | None, typer.Option(help="text:FILE or jsonl:FILE to measure damage on (24 texts)")] = None,
     strength: Annotated[list[float] | None, typer.Option(help="in median residual norms; repeat it")] = None,
     placebos: Annotated[int, typer.Option(help="random directions of equal norm")] = 20,
     shuffled: Annotated[int, typer.Option(help="directions fitted to shuffled labels")] = 10,
@@ -190,26 +188,22 @@ def effects(
     as_json: Json = False,
 ) -> None:
     """Measure what steering does and costs, at every strength beside its nulls; recommend one strength, or none."""
-    from itertools import islice
-
     from interp.concepts.effects import measure_effects
     from interp.concepts.files import open_direction
     from interp.concepts.labelled import read_examples
     from interp.concepts.margins import read_prompts
     from interp.model.loading import load_model
-    from interp.model.sources import read_source
     from interp.report.effects import effects_page, effects_table
     from interp.report.pages import write_report
 
     asked = read_prompts(prompts)
     texts = None if labelled is None else read_examples(labelled, positive=label)
     own = None if fitted_on is None else [str(text) for text in read_examples(fitted_on, positive=label).texts]
-    plain = None if neutral is None else [str(text) for text in islice(read_source(neutral), NEUTRAL_TEXTS)]
     loaded = load_model(model, device=device)
     given = open_direction(vector, loaded, hook=hook, force=force)
     more: dict[str, Any] = {"strengths": strength} if strength else {}
     found = measure_effects(
-        loaded, given, asked, labelled=texts, fitting_texts=own, neutral_texts=plain, n_random=placebos,
+        loaded, given, asked, labelled=texts, fitting_texts=own, neutral_texts=neutral, n_random=placebos,
         n_shuffled=shuffled, positions=positions, max_new_tokens=max_new_tokens, kl_budget=kl_budget, seed=seed,
         progress=None if quiet else _tick(), **more,
     )  # fmt: skip
