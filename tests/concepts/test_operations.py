@@ -289,13 +289,15 @@ def test_operations_at_many_hook_points_use_the_unit_of_each(llama):
     assert abs(norms[0] / norms[1] - 1) > 0.1
 
 
-def test_the_unit_is_the_unsteered_models_inside_another_context_too(build):
+def test_the_unit_is_the_unsteered_models_inside_another_context_too(build, monkeypatch):
+    from interp.acts import direction as directions
     from interp.model.loading import load_model
 
     model = load_model(build("llama", seed=17))  # of which nothing has been measured
     d = direction(model, hook="blocks.0.hook_resid_post")
     with steer(model, add(d, 3.0)):
         inner = stream(model, add(d, 0.3, hooks="resid_post.1"))
+    monkeypatch.setattr(directions, "_NORMS", {})  # measured again, outside
     assert near(inner, stream(model, add(d, 3.0), add(direction(model), 0.3)))
 
 
