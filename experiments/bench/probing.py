@@ -21,8 +21,8 @@ from threadpoolctl import threadpool_limits
 from timing import interleaved, machine, ratio, report
 
 from interp.acts.resampling import aurocs, fold_numbers, grouped_folds
-from interp.concepts.nested import Cell, fit_columns
-from interp.concepts.solver import fit_logistic, training_sets
+from interp.concepts.reading.nested import Cell, fit_columns
+from interp.concepts.reading.solver import fit_logistic, training_sets
 
 FOLDS = 5
 DECAY = {"decay 1": 1.0, "decay 0.75": 0.75, "decay 0.5": 0.5, "white": 0.0}

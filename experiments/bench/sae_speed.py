@@ -81,7 +81,9 @@ def main() -> None:
         for d_in in map(int, args.d_in.split(",")):
             for threads in map(int, args.threads.split(",")):
                 rows += measure(args, arch, d_in, threads)
-    timing.report(args.name or ("sae_speed_quick" if args.quick else "sae_speed"), rows, machine=machine, settings=vars(args))
+    timing.report(
+        args.name or ("sae_speed_quick" if args.quick else "sae_speed"), rows, machine=machine, settings=vars(args)
+    )
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from interp.acts.direction import Direction
 from interp.acts.resampling import placebo_directions
-from interp.concepts.operations import EVERYWHERE, ablate, add
-from interp.concepts.steering import steer
+from interp.concepts.steering.context import steer
+from interp.concepts.steering.operations import EVERYWHERE, ablate, add
 from interp.model.loading import Model, load_model
 
 FULL = {"layers": 12, "width": 768, "vocab": 32_000, "new": 64}

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from interp.acts.resampling import grouped_folds
-from interp.concepts.sweep import Sweep, sweep
+from interp.concepts.reading.sweep import Sweep, sweep
 
 HERE = Path(__file__).resolve().parent
 CELLS, WIDTH, PERMUTATIONS = 128, 128, 100
@@ -123,6 +123,7 @@ def summary(rows: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=100)
+    parser.add_argument("--first", type=int, default=0, help="seed of the first draw; others than 0 are only printed")
     parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--truth", action="store_true")
     args = parser.parse_args()
@@ -136,10 +137,11 @@ def main() -> None:
     results = json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
     for setting in args.only:
         start = time.perf_counter()
-        rows = [once(setting, seed) for seed in range(args.seeds)]
+        rows = [once(setting, seed) for seed in range(args.first, args.first + args.seeds)]
         results[setting] = summary(rows, time.perf_counter() - start)
         print(setting, json.dumps(results[setting]), flush=True)
-        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf8")
+        if args.first == 0:
+            path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf8")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ import torch
 
 import interp
 from interp.acts.capture import capture_acts, pool
-from interp.concepts.effects import NoUsableStrengthError, effects
-from interp.concepts.probes import evaluate_probe
+from interp.concepts.effects.calls import NoUsableStrengthError, effects
+from interp.concepts.reading.probes import evaluate_probe
 from interp.data import generator
 from interp.demo.parts import DEV_PROMPTS, KL_BUDGET, STRENGTHS, TEST_PROMPTS
 from interp.model.loading import untrained

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 import interp
-from interp.concepts.labelled import Examples, make_examples
-from interp.concepts.sweep import sweep
-from interp.concepts.token_choice import token_rows
+from interp.concepts.labelled.examples import Examples, make_examples
+from interp.concepts.labelled.token_choice import token_rows
+from interp.concepts.reading.sweep import sweep
 from interp.data import generator
 from interp.model.loading import untrained
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from interp.acts.direction import versions
-from interp.concepts.finders import METHODS, DirectionWarning, mean_difference
+from interp.concepts.reading.finders import METHODS, DirectionWarning, mean_difference
 
 HERE = Path(__file__).parent
 D = 256

@@ -20,9 +20,9 @@ import torch
 import interp
 from interp.acts.capture import capture_acts, pool
 from interp.acts.direction import Direction, direction_from
-from interp.concepts.margins import Contrast, margins
-from interp.concepts.nulls import random_directions
-from interp.concepts.writing import write
+from interp.concepts.effects.margins import Contrast, margins
+from interp.concepts.effects.nulls import random_directions
+from interp.concepts.effects.writing import write
 from interp.data.lists import relations
 from sae.stats import bootstrap_interval
 

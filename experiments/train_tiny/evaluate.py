@@ -19,7 +19,7 @@ from transformers import AutoConfig
 import interp
 from interp.acts.capture import capture_acts, pool
 from interp.acts.resampling import auroc, grouped_folds
-from interp.concepts.probes import evaluate_probe, fit_probe
+from interp.concepts.reading.probes import evaluate_probe, fit_probe
 from interp.data import generator, lists
 from interp.model.loading import untrained
 from interp.space.analogy import choose_and_score

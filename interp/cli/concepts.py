@@ -33,8 +33,8 @@ def concept(
     as_json: Json = False,
 ) -> None:
     """Find a concept's direction from labelled texts, contrast pairs, or two files of texts."""
-    from interp.concepts.finders import fit_direction
-    from interp.concepts.token_choice import token_rows
+    from interp.concepts.labelled.token_choice import token_rows
+    from interp.concepts.reading.finders import fit_direction
     from interp.model.loading import load_model
 
     examples = _examples(positive, negative, data, pairs, label)
@@ -74,8 +74,8 @@ def probe(
     as_json: Json = False,
 ) -> None:
     """Read a concept at every hook point and position, honestly: the choice of the best is part of what is tested."""
-    from interp.concepts.sweep import sweep
-    from interp.concepts.token_choice import token_rows
+    from interp.concepts.labelled.token_choice import token_rows
+    from interp.concepts.reading.sweep import sweep
     from interp.model.loading import load_model, untrained
 
     examples = _examples(None, None, data, pairs, label)
@@ -114,9 +114,9 @@ def steer(
     as_json: Json = False,
 ) -> None:
     """Continue texts unsteered and steered along a direction, all strengths in one batch."""
-    from interp.concepts.files import open_direction
-    from interp.concepts.operations import EVERYWHERE, ablate, add
-    from interp.concepts.steering import steer as steering
+    from interp.concepts.reading.files import open_direction
+    from interp.concepts.steering.context import steer as steering
+    from interp.concepts.steering.operations import EVERYWHERE, ablate, add
     from interp.model.loading import load_model
 
     if operation not in ("add", "ablate"):
@@ -147,7 +147,7 @@ def _examples(
     positive: Path | None, negative: Path | None, data: Path | None, pairs: Path | None, label: str | None
 ) -> Any:
     """Return labelled examples from whichever of the three sources was given."""
-    from interp.concepts.labelled import make_examples, read_examples, read_pairs
+    from interp.concepts.labelled.examples import make_examples, read_examples, read_pairs
 
     given = [data is not None, pairs is not None, positive is not None or negative is not None]
     if sum(given) != 1 or (positive is None) != (negative is None):
@@ -188,10 +188,10 @@ def effects(
     as_json: Json = False,
 ) -> None:
     """Measure what steering does and costs, at every strength beside its nulls; recommend one strength, or none."""
-    from interp.concepts.effects import measure_effects
-    from interp.concepts.files import open_direction
-    from interp.concepts.labelled import read_examples
-    from interp.concepts.margins import read_prompts
+    from interp.concepts.effects.calls import measure_effects
+    from interp.concepts.effects.margins import read_prompts
+    from interp.concepts.labelled.examples import read_examples
+    from interp.concepts.reading.files import open_direction
     from interp.model.loading import load_model
     from interp.report.effects import effects_page, effects_table
     from interp.report.pages import write_report
@@ -229,10 +229,10 @@ def bake(
     as_json: Json = False,
 ) -> None:
     """Put steering into the weights: an ordinary Hugging Face folder, checked against the same steering by hooks."""
-    from interp.concepts.baking import bake as baking
-    from interp.concepts.files import open_direction
-    from interp.concepts.operations import EVERYWHERE, add
-    from interp.concepts.operations import ablate as ablating
+    from interp.concepts.reading.files import open_direction
+    from interp.concepts.steering.baking import bake as baking
+    from interp.concepts.steering.operations import EVERYWHERE, add
+    from interp.concepts.steering.operations import ablate as ablating
     from interp.model.loading import load_model
 
     if ablate == (strength is not None):

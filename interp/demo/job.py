@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from interp.concepts.effects import Effects
+from interp.concepts.effects.calls import Effects
 from interp.demo import parts
 from interp.demo.page import build_page
 from interp.model.loading import load_model

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from interp.concepts.effects import Sample
+from interp.concepts.effects.calls import Sample
 from interp.demo.parts import EXPRESSIONS, KL_BUDGET, Analogies, Captured, Decomposed, Mapped, Probed, Steered
 from interp.report import figures
 from interp.report.pages import (

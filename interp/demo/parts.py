@@ -11,10 +11,10 @@ from torch import Tensor
 import sae
 from interp.acts.capture import Acts, capture_acts, capture_packed, pool
 from interp.acts.direction import Direction
-from interp.concepts.effects import Effects, NoUsableStrengthError, effects
-from interp.concepts.finders import fit_direction, latent_direction
-from interp.concepts.probes import ProbeResult, evaluate_probe
-from interp.concepts.steering import add, cached_equals_uncached
+from interp.concepts.effects.calls import Effects, NoUsableStrengthError, effects
+from interp.concepts.reading.finders import fit_direction, latent_direction
+from interp.concepts.reading.probes import ProbeResult, evaluate_probe
+from interp.concepts.steering.context import add, cached_equals_uncached
 from interp.data import generator, lists
 from interp.features.examples import LatentExamples, LatentTable, scan_acts, top_examples
 from interp.features.splice import SpliceError, SpliceLoss, ce_recovered

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from interp.acts.capture import capture_acts
 from interp.acts.direction import as_rows
-from interp.concepts.probes import logistic
+from interp.concepts.reading.probes import logistic
 from interp.features.examples import token_strings
 from interp.features.probing import choose_latents
 from interp.features.splice import check_fit

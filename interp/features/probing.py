@@ -24,7 +24,7 @@ from interp.acts.resampling import (
     permute_labels,
     placebo_directions,
 )
-from interp.concepts.probes import logistic
+from interp.concepts.reading.probes import logistic
 from interp.data.generator import LABELLED, Labelled, labelled
 from sae.archs.base import SAE
 from sae.stats import bootstrap_interval
@@ -151,7 +151,7 @@ def sparse_probe(
 
     `latents` holds one row a text (mean_latents), `dense` the pooled activations of the same texts. In each fold the k
     latents with the largest |difference of class means| on the training rows are chosen, and a logistic regression
-    (interp.concepts.probes, inverse penalty C) is fitted on them. No group (template, document) is on both sides.
+    (reading.probes, inverse penalty C) is fitted on them. No group (template, document) is on both sides.
     After Gurnee et al. (arXiv:2305.01610) and SAEBench. Raises ValueError for one class only, lengths that differ,
     k outside 1 to m, rows that are not finite, or latents of which none differs between the classes.
     """

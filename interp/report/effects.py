@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from interp.concepts.dosing import MEANINGS, Beside, EffectsReport, Side
+from interp.concepts.effects.dosing import MEANINGS, Beside, EffectsReport, Side
 from interp.report import drawing as dr
 from interp.report.pages import Column, Estimate, Fact, Figure, Page, Reply, Section, SideBySide, Table, Text
 from interp.report.text import show

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from interp.acts import direction as module
 from interp.acts.direction import Direction, DirectionError, residual_norm
-from interp.concepts.finders import fit_direction, latent_direction
+from interp.concepts.reading.finders import fit_direction, latent_direction
 from interp.model.loading import load_model
 from sae.extras import MissingError
 from sae.io import FormatError, load_tensors, save_tensors

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from interp.acts.direction import DirectionError, direction_from, residual_norm
-from interp.concepts import baked as baked_module
-from interp.concepts import writers
-from interp.concepts.baked import BakingError
-from interp.concepts.baking import ablate_weights, add_bias, bake
-from interp.concepts.operations import EVERYWHERE, ablate, add, clamp
-from interp.concepts.steering import steer
+from interp.concepts.steering import baked as baked_module
+from interp.concepts.steering import writers
+from interp.concepts.steering.baked import BakingError
+from interp.concepts.steering.baking import ablate_weights, add_bias, bake
+from interp.concepts.steering.context import steer
+from interp.concepts.steering.operations import EVERYWHERE, ablate, add, clamp
 from interp.model.hooks import editing, reading
 from interp.model.loading import load_model
 
@@ -168,7 +168,7 @@ def test_a_forgotten_writer_is_an_error_not_a_folder(build, monkeypatch, name):
     model = made(build, "llama")
     real = writers.find_writers
     monkeypatch.setattr(
-        "interp.concepts.baking.find_writers", lambda *a, **k: [w for w in real(*a, **k) if name not in w.name]
+        "interp.concepts.steering.baking.find_writers", lambda *a, **k: [w for w in real(*a, **k) if name not in w.name]
     )
     with pytest.raises(BakingError, match="still points along"):
         ablate_weights(model, some_direction(model))
@@ -182,7 +182,7 @@ def test_a_parameter_changed_in_excess_is_an_error_not_a_folder(build, monkeypat
         found = real(*a, **k)
         return [*found, writers.Writer("model.layers.1.mlp.up_proj.weight", 1, found[0].site)]
 
-    monkeypatch.setattr("interp.concepts.baking.find_writers", too_many)
+    monkeypatch.setattr("interp.concepts.steering.baking.find_writers", too_many)
     with pytest.raises(BakingError, match="does more than write"):
         ablate_weights(model, some_direction(model))
 

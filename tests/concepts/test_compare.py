@@ -6,7 +6,7 @@ import torch
 from scipy.stats import spearmanr
 
 from interp.acts.resampling import permute_labels
-from interp.concepts.compare import (
+from interp.concepts.reading.compare import (
     agreement_across_layers,
     causal_inner_product,
     chance_cosine,
@@ -15,7 +15,7 @@ from interp.concepts.compare import (
     reading_gap,
     steering_versus_reading,
 )
-from interp.concepts.finders import fit_direction, mean_difference
+from interp.concepts.reading.finders import fit_direction, mean_difference
 
 
 def gaussian(n, d, seed, move=0.0, along=0, loud=1.0):

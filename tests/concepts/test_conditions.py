@@ -5,9 +5,9 @@ import torch
 
 from interp.acts.direction import Direction, DirectionError, residual_norm
 from interp.acts.resampling import placebo_directions
-from interp.concepts.conditions import when
-from interp.concepts.operations import ablate, add
-from interp.concepts.steering import generate_ids, steer
+from interp.concepts.steering.conditions import when
+from interp.concepts.steering.context import generate_ids, steer
+from interp.concepts.steering.operations import ablate, add
 from interp.model.hooks import reading
 from interp.model.tokens import pad_rows
 
@@ -168,7 +168,7 @@ def test_the_threshold_lets_at_most_the_share_of_negatives_through(llama):
 
 
 def test_a_probe_fires_where_its_decision_is_positive(llama):
-    from interp.concepts.probes import fit_probe
+    from interp.concepts.reading.probes import fit_probe
 
     rows = []
     with reading(llama, READ, lambda name, value: rows.append(value[0].clone())):

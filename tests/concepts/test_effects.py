@@ -6,12 +6,12 @@ import torch
 
 from interp.acts.direction import residual_norm
 from interp.acts.resampling import placebo_directions
-from interp.concepts import writing
-from interp.concepts.damage import damage
-from interp.concepts.effects import NoUsableStrengthError, effects
-from interp.concepts.finders import direction_from
-from interp.concepts.fluency import distinct2, fluency
-from interp.concepts.steering import add, prompt_batch, steer
+from interp.concepts.effects import writing
+from interp.concepts.effects.calls import NoUsableStrengthError, effects
+from interp.concepts.effects.damage import damage
+from interp.concepts.effects.fluency import distinct2, fluency
+from interp.concepts.reading.finders import direction_from
+from interp.concepts.steering.context import add, prompt_batch, steer
 from interp.model.loading import load_model
 from sae.extras import MissingError
 

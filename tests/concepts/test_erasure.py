@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from interp.acts.direction import Direction, DirectionError
-from interp.concepts import erasure
-from interp.concepts.erasure import (
+from interp.concepts.erasing import erasure
+from interp.concepts.erasing.erasure import (
     LeaceFitter,
     OracleEraser,
     fit_leace,
@@ -21,8 +21,8 @@ from interp.concepts.erasure import (
     load_eraser,
     project_out,
 )
-from interp.concepts.guarded import fit_inlp, guardedness
-from interp.concepts.steering import steer
+from interp.concepts.erasing.guarded import fit_inlp, guardedness
+from interp.concepts.steering.context import steer
 from interp.model.hooks import reading
 from sae.extras import MissingError
 from sae.io import FormatError, load_tensors, save_tensors
@@ -146,7 +146,7 @@ def test_float64_moments_survive_a_mean_far_from_zero():
 
 
 def test_shrinkage_goes_to_a_sphere_with_few_rows_and_vanishes_with_many():
-    from interp.concepts.moments import shrunk
+    from interp.concepts.erasing.moments import shrunk
 
     X, _ = planted(n=6, d=40)
     S = torch.cov(X.T, correction=0)

@@ -5,9 +5,9 @@ import torch
 
 from interp.acts.direction import Direction, residual_norm
 from interp.acts.resampling import placebo_directions
-from interp.concepts.conditions import when
-from interp.concepts.operations import EVERYWHERE, ablate, add, clamp, latents, low_rank, rotate
-from interp.concepts.steering import cached_equals_uncached, generate_ids, steer
+from interp.concepts.steering.conditions import when
+from interp.concepts.steering.context import cached_equals_uncached, generate_ids, steer
+from interp.concepts.steering.operations import EVERYWHERE, ablate, add, clamp, latents, low_rank, rotate
 from interp.model.loading import load_model
 from interp.model.tokens import pad_rows
 from sae.archs import ARCHS

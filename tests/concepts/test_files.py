@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from interp.acts.direction import Direction, DirectionError, direction_from, residual_norm
-from interp.concepts.files import load_directions, open_direction, open_directions, save_directions, save_gguf
-from interp.concepts.gguf import read_gguf
-from interp.concepts.operations import add
-from interp.concepts.steering import steer
+from interp.concepts.reading.files import load_directions, open_direction, open_directions, save_directions, save_gguf
+from interp.concepts.reading.gguf import read_gguf
+from interp.concepts.steering.context import steer
+from interp.concepts.steering.operations import add
 from sae.extras import MissingError
 from sae.io import FormatError, load_tensors, save_tensors
 

@@ -13,8 +13,8 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression, RidgeCV
 from sklearn.preprocessing import StandardScaler
 
-from interp.concepts import regression
-from interp.concepts.finders import (
+from interp.concepts.reading import regression
+from interp.concepts.reading.finders import (
     METHODS,
     DirectionWarning,
     fit_direction,
@@ -23,8 +23,8 @@ from interp.concepts.finders import (
     leace,
     mean_difference,
 )
-from interp.concepts.regression import choose_C, logistic, ridge, sparse, svm
-from interp.concepts.rows import joined_groups, oriented
+from interp.concepts.reading.regression import choose_C, logistic, ridge, sparse, svm
+from interp.concepts.reading.rows import joined_groups, oriented
 
 PAIRED = ("pair_pca", "ccs")
 READERS = {"lda": lda, "logistic": partial(logistic, C=0.1), "svm": partial(svm, C=0.1), "ridge": ridge}

@@ -3,9 +3,9 @@ import json
 import numpy as np
 import pytest
 
-from interp.concepts.arrays import from_arrays
-from interp.concepts.labelled import contrast_pairs, make_examples, read_examples, read_pairs
-from interp.concepts.token_labels import from_words, read_token_labels, token_labelled
+from interp.concepts.labelled.arrays import from_arrays
+from interp.concepts.labelled.examples import contrast_pairs, make_examples, read_examples, read_pairs
+from interp.concepts.labelled.token_labels import from_words, read_token_labels, token_labelled
 from sae.extras import MissingError
 from sae.io import FormatError
 

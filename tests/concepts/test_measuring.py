@@ -14,19 +14,19 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from interp.acts.direction import data_fingerprint
-from interp.concepts import measuring, scoring, writing
-from interp.concepts.damage import damages
-from interp.concepts.dosing import MEANINGS, Beside, DoseRow
-from interp.concepts.effects import effects
-from interp.concepts.finders import direction_from, fit_direction
-from interp.concepts.fluency import distinct2_rows, longest_repeat, nll_rows, zlib_ratio
-from interp.concepts.labelled import make_examples
-from interp.concepts.margins import Contrast, both_orders, margins, read_prompts, slopes
-from interp.concepts.measuring import measure_effects
-from interp.concepts.nulls import random_directions, shuffled_directions
-from interp.concepts.rereading import fit_reader, mean_rows, refuse_overlap
-from interp.concepts.steering import add, steer
-from interp.concepts.token_choice import token_rows
+from interp.concepts.effects import measuring, scoring, writing
+from interp.concepts.effects.calls import effects
+from interp.concepts.effects.damage import damages
+from interp.concepts.effects.dosing import MEANINGS, Beside, DoseRow
+from interp.concepts.effects.fluency import distinct2_rows, longest_repeat, nll_rows, zlib_ratio
+from interp.concepts.effects.margins import Contrast, both_orders, margins, read_prompts, slopes
+from interp.concepts.effects.measuring import measure_effects
+from interp.concepts.effects.nulls import random_directions, shuffled_directions
+from interp.concepts.effects.rereading import fit_reader, mean_rows, refuse_overlap
+from interp.concepts.labelled.examples import make_examples
+from interp.concepts.labelled.token_choice import token_rows
+from interp.concepts.reading.finders import direction_from, fit_direction
+from interp.concepts.steering.context import add, steer
 from interp.data.neutral import neutral_texts
 from interp.model.loading import load_model
 from sae.extras import MissingError
@@ -282,7 +282,7 @@ def test_damage_does_not_depend_on_the_batch_and_is_nothing_at_strength_0(model,
     pushes = [(planted, 0.0), (nothing, 0.7), (planted, 0.3), (nothing, 0.0), (planted, -1.0)]
     together = damages(model, pushes, NEUTRAL)
     assert together[[0, 3]].tolist() == [[0.0, 0.0], [0.0, 0.0]] and (together[[1, 2, 4], 0] > 1e-3).all()
-    monkeypatch.setattr("interp.concepts.damage.rows_at_once", lambda *_: 4)
+    monkeypatch.setattr("interp.concepts.effects.damage.rows_at_once", lambda *_: 4)
     assert np.allclose(damages(model, pushes, NEUTRAL), together, rtol=1e-4, atol=1e-7)
     with pytest.raises(ValueError, match="nothing to predict"):
         damages(model, pushes, [""])

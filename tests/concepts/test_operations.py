@@ -6,8 +6,18 @@ import torch
 
 from interp.acts.direction import Direction, DirectionError, residual_norm
 from interp.acts.resampling import placebo_directions
-from interp.concepts.operations import EVERYWHERE, ablate, add, as_operations, clamp, latents, loreft, low_rank, rotate
-from interp.concepts.steering import steer
+from interp.concepts.steering.context import steer
+from interp.concepts.steering.operations import (
+    EVERYWHERE,
+    ablate,
+    add,
+    as_operations,
+    clamp,
+    latents,
+    loreft,
+    low_rank,
+    rotate,
+)
 from interp.model.hooks import reading
 from sae.archs import ARCHS
 from sae.archs.base import SAE

@@ -5,9 +5,9 @@ import torch
 
 from interp.acts.direction import Direction, residual_norm
 from interp.acts.resampling import placebo_directions
-from interp.concepts.operations import add, clamp
-from interp.concepts.positions import POSITIONS, selector, window
-from interp.concepts.steering import generate_ids, steer
+from interp.concepts.steering.context import generate_ids, steer
+from interp.concepts.steering.operations import add, clamp
+from interp.concepts.steering.positions import POSITIONS, selector, window
 from interp.model.hooks import editing
 
 HOOK = "resid_post.1"

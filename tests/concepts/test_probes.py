@@ -8,7 +8,7 @@ from sklearn.svm import LinearSVC
 
 from interp.acts.direction import DirectionError
 from interp.acts.resampling import auroc, grouped_folds
-from interp.concepts.probes import PROBES, Probe, evaluate_layers, evaluate_probe, fit_probe
+from interp.concepts.reading.probes import PROBES, Probe, evaluate_layers, evaluate_probe, fit_probe
 from sae.io import FormatError
 
 

@@ -5,9 +5,9 @@ from sklearn.covariance import ledoit_wolf_shrinkage
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression, Ridge
 
-from interp.concepts import solver
-from interp.concepts.closed import CLOSED, Columns
-from interp.concepts.solver import ConvergenceError, fit_logistic, training_sets
+from interp.concepts.reading import solver
+from interp.concepts.reading.closed import CLOSED, Columns
+from interp.concepts.reading.solver import ConvergenceError, fit_logistic, training_sets
 
 
 def rows(n, d, effect, seed, spread=1.5):

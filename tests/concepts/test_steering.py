@@ -3,7 +3,7 @@ import torch
 
 from interp.acts.direction import Direction, DirectionError, residual_norm
 from interp.acts.resampling import placebo_directions
-from interp.concepts.steering import POSITIONS, add, cached_equals_uncached, generate_ids, steer
+from interp.concepts.steering.context import POSITIONS, add, cached_equals_uncached, generate_ids, steer
 from interp.model.hooks import reading
 from interp.model.loading import load_model
 from interp.model.tokens import pad_rows

@@ -8,10 +8,10 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import roc_auc_score
 
 from interp.acts.resampling import fold_numbers, grouped_folds
-from interp.concepts import nested
-from interp.concepts.nested import Cell, run, standard_error
-from interp.concepts.sweep import sweep
-from interp.concepts.values import sweep_values
+from interp.concepts.reading import nested
+from interp.concepts.reading.nested import Cell, run, standard_error
+from interp.concepts.reading.sweep import sweep
+from interp.concepts.reading.values import sweep_values
 
 
 def cells(n, d, n_cells, seed, effect=0.0, at=1):

@@ -6,13 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import interp.concepts.token_choice as module
+import interp.concepts.labelled.token_choice as module
 from interp.acts.capture import capture_acts
 from interp.acts.rows import NonFiniteError
-from interp.concepts.labelled import contrast_pairs, make_examples, read_examples
-from interp.concepts.spans import overlapping
-from interp.concepts.token_choice import POSITIONS, max_over_tokens, token_rows
-from interp.concepts.token_labels import from_words, token_labelled
+from interp.concepts.labelled.examples import contrast_pairs, make_examples, read_examples
+from interp.concepts.labelled.spans import overlapping
+from interp.concepts.labelled.token_choice import POSITIONS, max_over_tokens, token_rows
+from interp.concepts.labelled.token_labels import from_words, token_labelled
 from interp.model.loading import load_model
 
 # "<s> The| king| met| the| queen|." is how tiny's tokenizer cuts the first one

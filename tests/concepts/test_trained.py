@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-import interp.concepts.trained as module
-from interp.concepts.labelled import contrast_pairs, make_examples
-from interp.concepts.steering import add, steer
-from interp.concepts.targets import Item, prepare
-from interp.concepts.trained import train_direction
+import interp.concepts.steering.trained as module
+from interp.concepts.labelled.examples import contrast_pairs, make_examples
+from interp.concepts.steering.context import add, steer
+from interp.concepts.steering.targets import Item, prepare
+from interp.concepts.steering.trained import train_direction
 from interp.data.generator import labelled
 from interp.model.loading import load_model
 

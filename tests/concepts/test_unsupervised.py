@@ -6,9 +6,9 @@ import torch
 from sklearn.decomposition import PCA
 
 from interp.acts.resampling import auroc
-from interp.concepts.finders import fit_direction, mean_difference
-from interp.concepts.rows import DirectionWarning
-from interp.concepts.unsupervised import ccs, lat, pair_pca, top_component
+from interp.concepts.reading.finders import fit_direction, mean_difference
+from interp.concepts.reading.rows import DirectionWarning
+from interp.concepts.reading.unsupervised import ccs, lat, pair_pca, top_component
 
 
 def pairs_of(n, d, effect, nuisance, seed, base=2.0):
@@ -118,7 +118,7 @@ def test_ccs_finds_the_truth_once_each_wording_is_centred_and_the_wording_otherw
 
 
 def test_more_restarts_never_raise_the_loss():
-    from interp.concepts.unsupervised import _consistency, _most_consistent
+    from interp.concepts.reading.unsupervised import _consistency, _most_consistent
 
     X, y, *_ = truths(40, 12, seed=9, wording=0.0)
     first, second = (torch.from_numpy(X[y == c]) for c in (1, 0))

@@ -5,9 +5,9 @@ import torch
 
 from interp.acts.direction import Direction, residual_norm
 from interp.acts.resampling import placebo_directions
-from interp.concepts.conditions import when
-from interp.concepts.operations import ablate, add, latents
-from interp.concepts.steering import generate_ids, steer
+from interp.concepts.steering.conditions import when
+from interp.concepts.steering.context import generate_ids, steer
+from interp.concepts.steering.operations import ablate, add, latents
 from interp.model.hooks import reading
 from interp.model.loading import load_model
 from sae.archs import ARCHS
@@ -176,7 +176,7 @@ def test_embeddings_given_instead_of_ids_are_steered(llama):
 
 
 def test_gradients_reach_the_stream_through_every_kind(llama):
-    from interp.concepts.operations import clamp, low_rank, rotate
+    from interp.concepts.steering.operations import clamp, low_rank, rotate
 
     sae = ARCHS["jumprelu"](SAEConfig(arch="jumprelu", d_in=32, d_sae=64, k=6), seed=4)
     d, A = direction(llama), torch.ones(32, 1)

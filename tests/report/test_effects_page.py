@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from interp.acts.direction import Direction
-from interp.concepts.dosing import MEANINGS, Beside, DoseRow, EffectsReport, Reading, Side
+from interp.concepts.effects.dosing import MEANINGS, Beside, DoseRow, EffectsReport, Reading, Side
 from interp.report.effects import effects_figure, effects_page, effects_section, effects_table
 from interp.report.pages import render_page, write_report
 from interp.report.text import show

@@ -1,0 +1,1 @@
+"""What steering does, what it costs, and whether it is more than chance."""

@@ -1,0 +1,1 @@
+"""Take a concept out of rows, and show that it is gone."""
