@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 from interp import cli
+from interp.data.generator import labelled
+from interp.model.loading import load_model
 
 SUFFIXES = {".json", ".jsonl", ".safetensors"}
 HARVEST = ["interp", "harvest", "tiny", "--hook", "resid_post.1", "--dataset", "text:short.txt"]
@@ -122,8 +124,44 @@ def test_concept_then_steer_changes_the_text(folder: Path, monkeypatch: pytest.M
         argv = ["interp", "steer", "tiny", "--vector", "d.safetensors", "--strength", strength, "--json"]
         assert call([*argv, "The day was"], monkeypatch) == 0
         texts[strength] = json.loads(capsys.readouterr().out)["texts"][0]
-    assert texts["0"]["steered"] == texts["0"]["unsteered"]
-    assert texts["0.8"]["steered"] != texts["0.8"]["unsteered"]
+    assert texts["0"]["steered"] == [{"strength": 0.0, "text": texts["0"]["unsteered"]}]
+    assert texts["0.8"]["steered"][0]["text"] != texts["0.8"]["unsteered"]
+
+
+def labelled_file(path: Path, seed: int, words: str) -> None:
+    data = labelled("sentiment", n=80, seed=seed, words=words)
+    rows = zip(data.texts, data.labels, data.templates, strict=True)
+    records = [{"text": t, "label": label, "group": g} for t, label, g in rows]
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+def test_a_concept_is_probed_measured_and_baked(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    labelled_file(folder / "train.jsonl", 0, "a")
+    labelled_file(folder / "other.jsonl", 1, "b")
+    beginnings = ("The cake was", "Tom said the movie was", "The town was", "It was a", "Lily felt", "The game was")
+    asked = [{"prompt": p, "match": " good", "other": " bad"} for p in beginnings]
+    (folder / "p.jsonl").write_text("".join(json.dumps(a) + "\n" for a in asked))
+    data = ["--data", "train.jsonl", "--label", "positive"]
+    argv = ["interp", "probe", "tiny", *data, "--hook", "resid_post.2", "--hook", "resid_post.3"]
+    assert (
+        call([*argv, "--permutations", "40", "--method", "mean_difference", "--out", "probe.safetensors"], monkeypatch)
+        == 0
+    )
+    shown = capsys.readouterr().out
+    assert float(shown.split()[1]) > 0.9 and "permuted labels 0." in shown and (folder / "probe.safetensors").is_file()
+    argv = ["interp", "concept", "tiny", *data, "--hook", "resid_post.3", "--out", "d.safetensors"]
+    assert call(argv, monkeypatch) == 0
+    argv = ["interp", "effects", "tiny", "--vector", "d.safetensors", "--prompts", "p.jsonl", "--label", "positive"]
+    argv += ["--labelled", "other.jsonl", "--fitted-on", "train.jsonl", "--strength", "0.3", "--shuffled", "5"]
+    capsys.readouterr()
+    assert call([*argv, "--max-new-tokens", "4", "--out", "e.html", "--json"], monkeypatch) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["reason"] and len(found["doses"]) == 2 and len(found["doses"][1]["measures"]["gain"]["random"]) == 20
+    assert (folder / "e.html").stat().st_size > 10_000
+    argv[argv.index("other.jsonl")] = "train.jsonl"
+    assert call(argv, monkeypatch) == 1 and "fitted on" in capsys.readouterr().err
+    assert call(["interp", "bake", "tiny", "--vector", "d.safetensors", "--ablate", "--out", "baked"], monkeypatch) == 0
+    assert load_model("baked").fingerprint != load_model("tiny").fingerprint
 
 
 def test_analogy_answers_by_layer_in_any_case(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):

@@ -395,7 +395,7 @@ def test_the_report_does_not_depend_on_the_batch_or_on_when_it_is_made(report, m
     assert again.to_dict() == report.to_dict()
     monkeypatch.setattr(writing, "ROWS", 30)
     for module in ("damage", "margins", "fluency"):
-        monkeypatch.setattr(f"interp.concepts.{module}.rows_at_once", lambda *_: 7)
+        monkeypatch.setattr(f"interp.concepts.effects.{module}.rows_at_once", lambda *_: 7)
     small = measure_effects(model, planted, PROMPTS, labelled=labelled, seed=2, **SMALL)
     assert (small.chosen, small.sides) == (report.chosen, report.sides) or small.chosen == report.chosen
     for ours, theirs in zip(small.doses, report.doses, strict=True):

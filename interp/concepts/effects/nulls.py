@@ -33,8 +33,8 @@ def shuffled_directions(
 ) -> list[Direction]:
     """Return n directions fitted to shuffled labels, of the direction's hook point and unit of strength.
 
-    The method is the direction's own where METHODS has it and needs no pairs (others: mean difference). Labels are shuffled as
-    `permute_labels` does: within groups that hold both classes, between whole groups otherwise.
+    The method is the direction's own where METHODS has it and needs no pairs (others: mean difference). Labels are
+    shuffled as `permute_labels` does: within groups that hold both classes, between whole groups otherwise.
     Brought to the direction's norm, they keep whatever surplus of the true labels a shuffle leaves, and lie where the
     data varies: a stricter null than random directions.
     """

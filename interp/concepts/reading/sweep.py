@@ -96,12 +96,11 @@ class Sweep:
         if self.control is not None:
             nulls.insert(0, f"{self.control_task} {self.control:.3f}")
         if self.untrained is not None:
-            nulls.append(
-                "untrained model {:.3f} [{:.3f}, {:.3f}]".format(self.untrained.auroc, *self.untrained.interval)
-            )
+            fresh = self.untrained
+            nulls.append(f"untrained model {fresh.auroc:.3f} [{fresh.interval[0]:.3f}, {fresh.interval[1]:.3f}]")
         p = "" if self.p_value is None else f", p {self.p_value:.3g} of {len(self.null)} permutations"
         lines = [
-            f"AUROC {self.auroc:.3f} [{low:.3f}, {high:.3f}]{p}; on unseen groups, the choice of cell and method included",
+            f"AUROC {self.auroc:.3f} [{low:.3f}, {high:.3f}]{p}; unseen groups, the choice of cell and method included",
             f"accuracy {self.accuracy:.3f}; AUROC on the rows fitted on {self.in_sample:.3f}; {self.n} rows, "
             f"{self.n_groups} groups; interval: {self.interval_by}",
             f"nulls: {', '.join(nulls)}",

@@ -118,7 +118,8 @@ def add(
 
     `strength` is in units of the median residual norm there, 1 of them for all rows of a batch or one a row; so may
     directions be, which then share one hook point. With `keep_norm` each token keeps its length. `positions`: see
-    steering.positions; "default" is from the prompt's last token on in generate, every token in a plain forward. Pads are never touched, special tokens (BOS, EOS) only where a mask names them.
+    steering.positions; "default" is from the prompt's last token on in generate, every token in a plain forward. Pads
+    are never touched, special tokens (BOS, EOS) only where a mask names them.
     Raises ValueError for what means nothing, DirectionError for a direction without a unit.
     """
     directions, strengths = _directions(direction), _amounts(strength, "strength")
