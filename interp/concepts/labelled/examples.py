@@ -244,6 +244,7 @@ def _text_of(value: Any, place: str) -> Text:
 
 
 def as_string(value: Any, place: str) -> str:
+    """Return a value as it is if it is text. Raises ValueError, naming the place, for anything else."""
     if not isinstance(value, str):
         raise ValueError(f"{place}: {str(value)[:60]!r} is a {type(value).__name__}; it must be text")
     return value

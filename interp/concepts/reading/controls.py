@@ -96,6 +96,7 @@ def _part(labels: np.ndarray, group: np.ndarray, share: float, rng: np.random.Ge
 def calibration(
     scores: Scores, candidates: list[Candidate], labels: np.ndarray, folds: np.ndarray, rng: np.random.Generator
 ) -> Calibration | None:
+    """Return what the logistic probabilities of held-out rows are worth, None where no candidate is logistic."""
     logistic = [j for j, (method, _) in enumerate(candidates) if method == "logistic"]
     if not logistic:
         return None

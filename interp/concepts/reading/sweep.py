@@ -23,6 +23,7 @@ from interp.concepts.reading.closed import CLOSED
 from interp.concepts.reading.controls import Calibration, LearningPoint, calibration, random_directions, refits
 from interp.concepts.reading.nested import Candidate, Cell, Outcome, Scores, control_outcomes, run, standard_error
 from interp.concepts.reading.probes import Probe, fit_probe
+from interp.concepts.reading.rows import joined_groups
 
 __all__ = ["Calibration", "CellScore", "Choice", "LearningPoint", "Sweep", "Untrained", "sweep"]
 
@@ -224,7 +225,7 @@ def folds_and_units(
     number, unit = as_groups(groups, n), None
     if pairs is not None:
         unit = as_groups([("row", i) if p is None else p for i, p in enumerate(as_list(pairs))], n)
-        number = _joined(number, unit)
+        number = joined_groups(number, unit, n)
     n_groups = int(number.max()) + 1
     if folds < 3:
         raise ValueError(f"folds is {folds}; a nested choice needs at least 3")
@@ -236,18 +237,6 @@ def folds_and_units(
             f"needed, n_permutations is {n_permutations}"
         )
     return number, number if unit is None else unit
-
-
-def _joined(groups: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """Return the number of the smallest sets of rows that cut neither a group nor a pair."""
-    from scipy.sparse import coo_matrix
-    from scipy.sparse.csgraph import connected_components
-
-    n = int(groups.max()) + 1
-    size = n + int(pairs.max()) + 1
-    links = coo_matrix((np.ones(len(groups)), (groups, n + pairs)), shape=(size, size))
-    _, component = connected_components(links, directed=False)
-    return as_groups(component[groups], len(groups))
 
 
 def _candidates(methods: Sequence[str], Cs: Sequence[float | int]) -> list[Candidate]:
